@@ -1,0 +1,120 @@
+"""Data sets whose randomness depends on (seed, epoch, index) alone, and one that survives bad files."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from monai.data import Dataset
+from torch.utils.data import IterableDataset, Sampler
+
+from hspsam_monai.errors import HspsamError
+
+logger = logging.getLogger(__name__)
+
+
+class SeededDataset(Dataset):
+    """MONAI's ``Dataset`` whose random transforms are seeded from (seed, epoch, index).
+
+    Augmentation is then independent of the number of workers and of the order in which cases are drawn, and a
+    resumed run sees what the uninterrupted one would have seen.
+
+    Args:
+        data: list of case dictionaries.
+        transform: MONAI ``Compose`` (random transforms inside are seeded for every case).
+        seed: seed of the run.
+    """
+
+    def __init__(self, data: Sequence[dict], transform: Callable | None = None, seed: int = 0) -> None:
+        super().__init__(data=data, transform=transform)
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Tell the data set which epoch comes; call before the loader's iterator is made."""
+        self.epoch = epoch
+
+    def _transform(self, index: int) -> Any:
+        if hasattr(self.transform, "set_random_state"):
+            sequence = np.random.SeedSequence((self.seed, self.epoch, index))
+            self.transform.set_random_state(seed=int(sequence.generate_state(1)[0]))
+        return super()._transform(index)
+
+
+class SeededSampler(Sampler[int]):
+    """Shuffled indices that depend on (seed, epoch) alone; splits them evenly over processes.
+
+    Args:
+        length: number of cases.
+        seed: seed of the run.
+        shuffle: keep the order if false.
+        rank: this process' number.
+        replicas: number of processes; every process gets the same count, the first indices are repeated to fill.
+    """
+
+    def __init__(self, length: int, seed: int = 0, shuffle: bool = True, rank: int = 0, replicas: int = 1) -> None:
+        self.length, self.seed, self.shuffle = length, seed, shuffle
+        self.rank, self.replicas = rank, replicas
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Tell the sampler which epoch comes."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        """Cases this process draws an epoch."""
+        return math.ceil(self.length / self.replicas)
+
+    def __iter__(self) -> Iterator[int]:
+        """This process' indices of the epoch."""
+        order = list(range(self.length))
+        if self.shuffle:
+            seed = int(np.random.SeedSequence((self.seed, self.epoch)).generate_state(1)[0])
+            order = torch.randperm(self.length, generator=torch.Generator().manual_seed(seed)).tolist()
+        order += order[: len(self) * self.replicas - self.length]
+        return iter(order[self.rank :: self.replicas])
+
+
+class TolerantDataset(IterableDataset):
+    """Cases one after another; a case that cannot be read is recorded and left out, the rest goes on.
+
+    Args:
+        data: list of case dictionaries.
+        transform: what turns a case into tensors; a :class:`HspsamError` it raises marks the case as failed.
+
+    Attributes:
+        failures: (case name, reason) of every case left out, filled while iterating.
+    """
+
+    def __init__(self, data: Sequence[dict], transform: Callable | None = None) -> None:
+        super().__init__()
+        self.data, self.transform = list(data), transform
+        self.failures: list[tuple[str, str]] = []
+
+    def __iter__(self) -> Iterator[Any]:
+        """Transformed cases; use without loader workers, which would keep ``failures`` to themselves."""
+        for case in self.data:
+            try:
+                item = case if self.transform is None else self.transform(case)
+            except (HspsamError, RuntimeError) as error:
+                reason = _root_reason(error)
+                if reason is None:
+                    raise
+                logger.error("Left out %s: %s", case.get("case", case.get("image")), reason)
+                self.failures.append((str(case.get("case", case.get("image"))), reason))
+                continue
+            yield item
+
+
+def _root_reason(error: BaseException) -> str | None:
+    """The message of the :class:`HspsamError` behind MONAI's wrapping ``RuntimeError``; ``None`` if there is none."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, HspsamError):
+            return str(seen)
+        seen = seen.__cause__ or seen.__context__
+    return None

@@ -1,0 +1,76 @@
+"""Writing files whole or not at all: the one atomic writer behind every checkpoint, mask and table."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def atomic_write(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary file beside ``path``; when the block ends well it becomes ``path`` in one step.
+
+    A reader (or a crash, or a kill) sees the old file or the new one, never a part. The temporary file is
+    hidden and keeps all suffixes of ``path``, since writers such as nibabel choose their format by them.
+
+    Args:
+        path: the file to create or replace. Its folder must exist. A link is followed: the file behind it is
+            replaced and the link stays.
+
+    Yields:
+        An existing empty file in the same folder, to be overwritten by name.
+
+    Raises:
+        OSError: the folder is missing or read-only, or the disk is full. Whatever the block raises passes
+            through. In every case the temporary file is gone and the old file is as it was.
+
+    Example:
+        >>> with atomic_write("note.txt") as temporary:  # doctest: +SKIP
+        ...     temporary.write_text("done")
+
+    """
+    target = Path(path).resolve()
+    # The temporary file lives beside the target: a rename is atomic only within one file system.
+    stem, dot, suffixes = target.name.lstrip(".").partition(".")
+    descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=f".tmp-{stem}-", suffix=dot + suffixes)
+    os.close(descriptor)
+    temporary = Path(name)
+    try:
+        yield temporary
+        _sync(temporary)
+        # mkstemp makes files 0600; a replaced file keeps its mode, a new one gets what the umask allows.
+        temporary.chmod(target.stat().st_mode & 0o777 if target.exists() else 0o666 & ~_umask())
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)  # already renamed where all went well
+    _sync(target.parent)  # makes the rename itself survive a power cut
+
+
+def _umask() -> int:
+    # The umask can only be read by setting it; Linux also tells it without that race between threads.
+    try:
+        status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+        return int(next(line.split()[1] for line in status.splitlines() if line.startswith("Umask:")), 8)
+    except (OSError, StopIteration, ValueError):
+        mask = os.umask(0o022)
+        os.umask(mask)
+        return mask
+
+
+def _sync(path: Path) -> None:
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:
+        if path.is_dir():  # Windows does not open folders; the file itself must be synced everywhere
+            return
+        raise
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        if not path.is_dir():  # some network file systems refuse to sync a folder
+            raise
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,92 @@
+"""One inferer for 2-D images, shared by the bundle, the command line, MONAI Label and DICOM."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from monai.data import MetaTensor
+from monai.inferers import Inferer
+from torch import Tensor
+from torch.nn import functional as F
+
+from hspsam_monai.errors import ConfigError
+from hspsam_monai.transforms import fit_image
+
+PRECISIONS = ("auto", "float32", "bfloat16")
+
+
+def autocast_dtype(device: torch.device, precision: str) -> torch.dtype | None:
+    """What to compute in: ``None`` for float32, or bfloat16. Never float16, in which SAM turns to NaN silently.
+
+    Args:
+        device: where the network runs.
+        precision: ``float32``; ``bfloat16``; or ``auto``: bfloat16 where the device computes in it natively
+            (CUDA from Ampere, CPUs with AVX-512 BF16 or AMX), else float32.
+    """
+    if precision not in PRECISIONS:
+        raise ConfigError(f"precision is {precision!r}; expected one of {', '.join(PRECISIONS)}.")
+    if precision == "float32":
+        return None
+    if precision == "bfloat16":
+        return torch.bfloat16
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else None
+    if device.type == "cpu":
+        capable = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+        return torch.bfloat16 if capable else None
+    return None
+
+
+class ImageInferer(Inferer):
+    """Resize to the network's size, run it, return logits at the input's own size.
+
+    Everything happens on the input's device. The same object serves training (batches of the network's size pass
+    straight through) and use (one image of any size).
+
+    Args:
+        image_size: side of the square the network works on, a multiple of 32; aspect ratio is not kept
+            (paper). ``None`` sends images through as they are.
+        precision: see :func:`autocast_dtype`.
+        flips: average the probabilities over the four mirror images. Four times the work.
+
+    Returns from a call: float32 logits (B, K, H, W) at the input's H and W (log-probabilities if ``flips``). If
+    the input is a ``MetaTensor`` so is the result, with the input's meta data.
+    """
+
+    def __init__(self, image_size: int | None = None, precision: str = "auto", flips: bool = False) -> None:
+        super().__init__()
+        if precision not in PRECISIONS:
+            raise ConfigError(f"precision is {precision!r}; expected one of {', '.join(PRECISIONS)}.")
+        self.image_size, self.precision, self.flips = image_size, precision, flips
+
+    def __call__(self, inputs: Tensor, network: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Infer (B, 3, H, W) in [0, 1]; extra arguments go to the network."""
+        image = inputs.as_tensor() if isinstance(inputs, MetaTensor) else inputs
+        size = tuple(image.shape[-2:])
+        if self.image_size is not None:
+            image = fit_image(image, self.image_size)
+        output = self._run(image, network, *args, **kwargs)
+        if isinstance(output, tuple) and getattr(network, "training", False):
+            return output  # a network's training losses read more than the logits
+        logits = (output[0] if isinstance(output, tuple) else output).float()
+        if tuple(logits.shape[-2:]) != size:
+            logits = F.interpolate(logits, size, mode="bilinear", align_corners=False)
+        if isinstance(inputs, MetaTensor) and not getattr(network, "training", False):
+            logits = MetaTensor(logits, meta=inputs.meta)
+        return logits
+
+    def _run(self, image: Tensor, network: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        dtype = autocast_dtype(image.device, self.precision)
+        with torch.autocast(image.device.type, dtype) if dtype is not None else nullcontext():
+            if not self.flips or getattr(network, "training", False):
+                return network(image, *args, **kwargs)
+            total: Tensor | None = None
+            for dims in ((), (-1,), (-2,), (-2, -1)):
+                output = network(image.flip(dims) if dims else image, *args, **kwargs)
+                probability = (output[0] if isinstance(output, tuple) else output).float().softmax(1)
+                probability = probability.flip(dims) if dims else probability
+                total = probability if total is None else total + probability
+            return (total / 4).clamp_min(torch.finfo(torch.float32).tiny).log()

@@ -1,0 +1,34 @@
+"""How much of a pretrained encoder is trained: nothing, low-rank updates, or all of it."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from hspsam_monai.errors import ConfigError
+
+ADAPTATIONS = ("frozen", "lora", "full")
+
+#: HSP-SAM's LoRA rank (paper's development code).
+LORA_RANK = 32
+
+
+def set_adaptation(encoder: nn.Module, adapt: str) -> None:
+    """Mark the encoder's parameters as trained or not.
+
+    Args:
+        encoder: an encoder built with ``lora_rank > 0`` where ``adapt`` is ``lora``.
+        adapt: ``frozen`` (nothing but SAM's own neck, which the paper fine-tunes for the deepest level),
+            ``lora`` (the same, and the low-rank updates) or ``full`` (everything).
+
+    Raises:
+        ConfigError: unknown mode.
+    """
+    if adapt not in ADAPTATIONS:
+        raise ConfigError(f"adapt is {adapt!r}; expected one of {', '.join(ADAPTATIONS)}.")
+    for name, parameter in encoder.named_parameters():
+        parameter.requires_grad_(adapt == "full" or (adapt == "lora" and "lora_" in name) or name.startswith("neck."))
+
+
+def encoder_parameters(network: nn.Module) -> set[int]:
+    """Identities of the parameters that belong to the network's encoder but are not LoRA's own."""
+    return {id(p) for name, p in network.encoder.named_parameters() if "lora_" not in name}

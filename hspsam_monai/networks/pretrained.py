@@ -1,0 +1,42 @@
+"""Give a freshly built network its start: SAM's weights, or those of an earlier training."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from torch import nn
+
+from hspsam_monai.encoders.weights import KeyReport, load_encoder, load_network, locate, read_state
+
+logger = logging.getLogger(__name__)
+
+
+def load_pretrained(network: nn.Module, source: str | Path | None) -> KeyReport | None:
+    """Load SAM's weights (a catalogue name or an official file) or a whole checkpoint of this network.
+
+    Args:
+        network: a network of :mod:`hspsam_monai.networks`.
+        source: catalogue name such as ``mobile_sam``; path of an official SAM-style file, of whose parts the network
+            takes what its paper keeps; path of a checkpoint of the same network; or ``None`` / empty for random
+            weights.
+
+    Returns:
+        The key report, ``None`` if nothing was loaded.
+
+    Raises:
+        WeightsError: the file is missing, altered or does not fit.
+    """
+    if not source:
+        logger.warning("No pretrained weights given: the encoder starts from random values.")
+        return None
+    path = locate(source)
+    state = read_state(path)
+    if any(key.startswith(("decoder.", "head.")) for key in state):
+        report = load_network(network, path)
+        logger.info("Loaded %s: %s.", path.name, report.summary())
+        return report
+    report = load_encoder(network.encoder, source)
+    used = network.load_sam(state)
+    logger.info("Loaded %s: encoder %s; and %d of SAM's own keys.", path.name, report.summary(), len(used))
+    return report

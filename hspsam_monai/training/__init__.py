@@ -1,0 +1,17 @@
+"""What MONAI's trainer lacks: the papers' loss and schedule, exact resume, finite guard, progress with ETA."""
+
+from hspsam_monai.training.checkpoints import Checkpointer
+from hspsam_monai.training.handlers import EpochSeeds, FiniteGuard, Progress, log_file
+from hspsam_monai.training.losses import DiceCE
+from hspsam_monai.training.schedule import parameter_groups, warmup_poly
+
+__all__ = [
+    "Checkpointer",
+    "DiceCE",
+    "EpochSeeds",
+    "FiniteGuard",
+    "Progress",
+    "log_file",
+    "parameter_groups",
+    "warmup_poly",
+]

@@ -1,0 +1,191 @@
+"""Handlers MONAI's trainer lacks: seeding by epoch, finite losses and gradients, progress with ETA."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from pathlib import Path
+
+import torch
+from ignite.engine import Engine, Events
+from monai.engines.utils import IterationEvents
+from torch import nn
+
+from hspsam_monai.errors import TrainingError
+
+logger = logging.getLogger(__name__)
+
+
+class EpochSeeds:
+    """Before each epoch, tell data set and sampler its number and seed torch from (seed, epoch).
+
+    Attach first, so that the loader's iterator is made after it. A resumed run then continues bit for bit.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def attach(self, engine: Engine) -> None:
+        """Attach to the trainer."""
+        engine.add_event_handler(Events.EPOCH_STARTED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        """Seed the epoch that starts."""
+        epoch = engine.state.epoch
+        torch.manual_seed(self.seed * 1_000_003 + epoch)
+        loader = engine.state.dataloader
+        for part in (getattr(loader, "dataset", None), getattr(loader, "sampler", None)):
+            if hasattr(part, "set_epoch"):
+                part.set_epoch(epoch)
+
+
+class FiniteGuard:
+    """Stop before a loss or gradient that is not finite can reach the weights; clip the gradient's norm.
+
+    Policy: the run stops with a :class:`TrainingError` that names the batch's cases; ``last.pt`` still holds the
+    last good epoch.
+
+    Args:
+        network: whose gradients are clipped.
+        max_norm: largest allowed 2-norm of all gradients together; 0 checks without clipping.
+    """
+
+    def __init__(self, network: nn.Module, max_norm: float = 1.0) -> None:
+        self.parameters = [p for p in network.parameters() if p.requires_grad]
+        self.max_norm = max_norm
+
+    def attach(self, engine: Engine) -> None:
+        """Attach to the trainer."""
+        engine.add_event_handler(IterationEvents.LOSS_COMPLETED, self.check_loss)
+        engine.add_event_handler(IterationEvents.BACKWARD_COMPLETED, self.check_gradient)
+
+    def check_loss(self, engine: Engine) -> None:
+        """Refuse a loss that is NaN or infinite."""
+        loss = engine.state.output["loss"]
+        if not torch.isfinite(loss):
+            raise TrainingError(self._message("loss", float(loss), engine))
+
+    def check_gradient(self, engine: Engine) -> None:
+        """Clip, and refuse gradients that are NaN or infinite."""
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.max_norm or float("inf"))
+        if not torch.isfinite(norm):
+            raise TrainingError(self._message("gradient norm", float(norm), engine))
+
+    @staticmethod
+    def _message(what: str, value: float, engine: Engine) -> str:
+        cases = engine.state.batch.get("case", "unknown") if isinstance(engine.state.batch, dict) else "unknown"
+        return (
+            f"The {what} became {value} at epoch {engine.state.epoch}, iteration {engine.state.iteration}; cases of "
+            f"the batch: {cases}. Look at these images and masks (hspsam check), or lower the learning rate; "
+            "last.pt holds the last good epoch."
+        )
+
+
+class Progress:
+    """Where a run stands and when it will be done: a bar in a terminal, lines in a log.
+
+    Args:
+        every: seconds between two lines of the log.
+        what: name of the work, such as ``Training`` or ``Segmenting``.
+        total: iterations an epoch, where the loader does not know its length.
+    """
+
+    def __init__(self, every: float = 30.0, what: str = "Training", total: int | None = None) -> None:
+        self.every, self.what, self.total = every, what, total
+        self._bar = None
+
+    def attach(self, engine: Engine) -> None:
+        """Attach to a trainer or an evaluator."""
+        engine.add_event_handler(Events.STARTED, self._start)
+        engine.add_event_handler(Events.EPOCH_STARTED, self._epoch)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._step)
+        engine.add_event_handler(Events.COMPLETED, self._stop)
+        engine.add_event_handler(Events.EXCEPTION_RAISED, self._fail)
+
+    def _start(self, engine: Engine) -> None:
+        self._begin = self._printed = time.monotonic()
+        self._first: int | None = None
+        if sys.stderr.isatty() and logger.isEnabledFor(logging.INFO):
+            from rich.console import Console
+            from rich.progress import (
+                BarColumn,
+                MofNCompleteColumn,
+                TextColumn,
+                TimeElapsedColumn,
+                TimeRemainingColumn,
+            )
+            from rich.progress import Progress as Bar
+
+            self._bar = Bar(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+                console=Console(stderr=True),
+                transient=True,
+            )
+            self._task = self._bar.add_task(self.what, total=None)
+            self._bar.start()
+
+    def _epoch(self, engine: Engine) -> None:
+        if self._first is None:  # a resumed run counts its own iterations only
+            self._first = engine.state.iteration
+
+    def _step(self, engine: Engine) -> None:
+        state, now = engine.state, time.monotonic()
+        length = self.total or state.epoch_length
+        total = length * state.max_epochs if length else None
+        text = self.what if (state.max_epochs or 1) == 1 else f"{self.what} {state.epoch}/{state.max_epochs}"
+        loss = _loss_of(state.output)
+        if loss is not None:
+            text += f" loss {loss:.4f}"
+        if self._bar is not None:
+            self._bar.update(self._task, description=text, completed=state.iteration, total=total)
+        elif now - self._printed >= self.every:
+            self._printed = now
+            rate = (state.iteration - (self._first or 0)) / max(now - self._begin, 1e-9)
+            left = f", {clock((total - state.iteration) / rate)} left" if total and rate else ""
+            logger.info("%s, iteration %s/%s, %.2f it/s%s", text, state.iteration, total or "?", rate, left)
+
+    def _stop(self, engine: Engine) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+        logger.info("%s: done in %s.", self.what, clock(time.monotonic() - self._begin))
+
+    def _fail(self, engine: Engine, error: BaseException) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+        raise error
+
+
+def _loss_of(output: object) -> float | None:
+    first = output[0] if isinstance(output, list) and output else output
+    loss = first.get("loss") if isinstance(first, dict) else None
+    return None if loss is None else float(loss)
+
+
+def clock(seconds: float) -> str:
+    """Seconds as ``1 h 02 min``, ``3 min 20 s`` or ``12 s``."""
+    seconds = round(seconds)
+    if seconds >= 3600:
+        return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"
+    if seconds >= 60:
+        return f"{seconds // 60} min {seconds % 60:02d} s"
+    return f"{seconds} s"
+
+
+def log_file(folder: str | Path, name: str = "log.txt") -> None:
+    """Also write everything that is logged to ``folder``/``name`` (appended, so a resumed run keeps its history)."""
+    path = Path(folder) / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(path)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    root = logging.getLogger()
+    if not any(getattr(h, "baseFilename", None) == handler.baseFilename for h in root.handlers):
+        root.addHandler(handler)
+    if root.level > logging.INFO or root.level == logging.NOTSET:
+        root.setLevel(logging.INFO)

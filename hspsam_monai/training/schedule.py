@@ -1,0 +1,62 @@
+"""Optimiser groups and learning-rate schedule."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from hspsam_monai.errors import ConfigError
+
+
+def parameter_groups(
+    network: nn.Module, lr: float, encoder_lr_scale: float = 1.0, weight_decay: float = 0.1
+) -> list[dict]:
+    """Groups for AdamW: only what is trained; no decay on vectors; the encoder's own weights at a scaled rate.
+
+    Args:
+        network: a network with an ``encoder``.
+        lr: learning rate of everything that is new (decoder, prompts, LoRA).
+        encoder_lr_scale: factor for pretrained encoder weights.
+        weight_decay: decay of matrices; norms, biases, tokens and prompts get none.
+
+    Raises:
+        ConfigError: nothing is trainable.
+    """
+    module = getattr(network, "module", network)  # DistributedDataParallel
+    pretrained = {id(p) for name, p in module.encoder.named_parameters() if "lora_" not in name}
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, p in module.named_parameters():
+        if not p.requires_grad:
+            continue
+        decayed = p.ndim > 1 and not name.endswith(("_token", "_tokens", "attention_biases")) and "queries" not in name
+        groups.setdefault((id(p) in pretrained, decayed), []).append(p)
+    if not groups:
+        raise ConfigError(
+            "No parameter of the network is trained; set adapt to 'lora' or 'full', or train the decoder."
+        )
+    return [
+        {
+            "params": params,
+            "lr": lr * (encoder_lr_scale if encoder else 1.0),
+            "weight_decay": weight_decay if decayed else 0.0,
+        }
+        for (encoder, decayed), params in sorted(groups.items(), key=lambda item: item[0])
+    ]
+
+
+def warmup_poly(
+    optimizer: torch.optim.Optimizer, total: int, warmup: int = 250, power: float = 5.0
+) -> torch.optim.lr_scheduler.LambdaLR:
+    """Linear warm-up over ``warmup`` iterations, then (1 - t/T)^power down to zero at ``total`` iterations.
+
+    250 and 5 are the paper's values. A run shorter than ten warm-ups warms up over a tenth of its length.
+    """
+    warmup = max(1, min(warmup, total // 10))
+    span = max(1, total - warmup)
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        return max(0.0, 1.0 - (step - warmup) / span) ** power
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)

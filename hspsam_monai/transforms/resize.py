@@ -1,0 +1,46 @@
+"""The one way an image reaches the network's size, in training and in use."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from typing import Any
+
+from monai.data import MetaTensor
+from monai.transforms import MapTransform
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def fit_image(image: Tensor, size: int) -> Tensor:
+    """Resize (B, C, H, W) to ``size`` x ``size``: bilinear with antialiasing, aspect ratio not kept (HSP-SAM)."""
+    if tuple(image.shape[-2:]) == (size, size):
+        return image
+    return F.interpolate(image, (size, size), mode="bilinear", antialias=True)
+
+
+class FitToNetworkd(MapTransform):
+    """Bring one case to the network's size as plain tensors: image by :func:`fit_image`, label by nearest pixel.
+
+    Args:
+        image_size: side in pixels.
+        image_key: key of the image (C, H, W).
+        label_key: key of the label (1, H, W), or ``None``.
+    """
+
+    def __init__(self, image_size: int, image_key: str = "image", label_key: str | None = "label") -> None:
+        super().__init__([image_key] if label_key is None else [image_key, label_key])
+        self.image_size, self.image_key, self.label_key = image_size, image_key, label_key
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Resize one case."""
+        data = dict(data)
+        data[self.image_key] = fit_image(plain(data[self.image_key])[None], self.image_size)[0]
+        if self.label_key is not None:
+            label = plain(data[self.label_key])[None]
+            data[self.label_key] = F.interpolate(label, (self.image_size, self.image_size), mode="nearest-exact")[0]
+        return data
+
+
+def plain(x: Tensor) -> Tensor:
+    """The tensor without MONAI's meta data, whose bookkeeping costs more than small operations do."""
+    return x.as_tensor() if isinstance(x, MetaTensor) else x

@@ -1,0 +1,42 @@
+"""Fixtures every room's tests share."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+REPO = Path(__file__).resolve().parents[1]
+
+# Two threads on two cores; waiting threads sleep instead of spinning, so a busy machine does not stall the suite.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+
+@pytest.fixture(scope="session")
+def repo() -> Path:
+    """Root of the repository."""
+    return REPO
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Development data and weights beside the repository; skips where they are absent."""
+    path = Path(os.environ.get("HSPSAM_SHARED", REPO.parent / "shared"))
+    if not path.is_dir():
+        pytest.skip("development data and weights are not at hand")
+    return path
+
+
+@pytest.fixture(scope="session")
+def bundle(repo: Path) -> Path:
+    """Root of the bundle."""
+    return repo / "bundle"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip GPU tests where there is none."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
