@@ -188,7 +188,8 @@ def write_case_table(path: str | Path, rows: Sequence[CaseScore], class_names: S
     """Write one CSV line for each case, in the order given; whole or not at all.
 
     Columns: ``case``, ``image``; ``dice_NAME``, ``iou_NAME`` (``hd95_NAME``, ``nsd_NAME``) for each
-    class; their means; ``truth_pixels`` and ``pred_pixels``, foreground of all classes; ``confidence``.
+    class; their means; ``truth_pixels`` and ``pred_pixels``, foreground of all classes; ``confidence``. Rows
+    without scores (no truth) give a table without the columns of the metrics.
 
     Args:
         path: the file to write.
@@ -207,11 +208,8 @@ def write_case_table(path: str | Path, rows: Sequence[CaseScore], class_names: S
         for row in rows:
             values = [v for m in metrics for v in getattr(row, m)]
             values += [float(np.mean(getattr(row, m))) for m in metrics]
-            last = [
-                sum(row.truth_pixels),
-                sum(row.pred_pixels),
-                row.confidence,
-            ]  # None becomes an empty field
+            # None becomes an empty field: a case without truth has neither scores nor true pixels.
+            last = [sum(row.truth_pixels) if row.truth_pixels else None, sum(row.pred_pixels), row.confidence]
             table.writerow([row.case, row.image, *(f"{v:.6f}" for v in values), *last])
     return Path(path)
 
@@ -286,7 +284,7 @@ def _columns(rows: Sequence[CaseScore], class_names: Sequence[str] | None) -> tu
     """Names of the foreground classes and the metrics every row has."""
     if not rows:
         raise DataError("There is no scored case; give at least one prediction with its truth.")
-    classes = len(rows[0].dice)
+    classes = len(rows[0].pred_pixels)
     names = [str(k) for k in range(1, classes + 1)] if class_names is None else list(class_names)
     if len(names) != classes:
         raise ConfigError(f"{len(names)} class names {names} for {classes} foreground classes.")

@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from hspsam_monai.errors import ConfigError, DataError
+from hspsam_monai.inference.mask_files import PALETTE, write_mask_png
 from hspsam_monai.report import (
-    PALETTE,
     TRUTH_COLOUR,
     GalleryItem,
     gallery_html,
@@ -19,7 +19,6 @@ from hspsam_monai.report import (
     learning_curve_png,
     overlay,
     worst_first,
-    write_mask_png,
 )
 from hspsam_monai.report.charts import nice_ticks
 from hspsam_monai.report.overlay import CONFUSED, FALSE_NEGATIVE, FALSE_POSITIVE

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
+from itertools import cycle, islice
 from typing import Any
 
 import numpy as np
@@ -75,8 +76,9 @@ class SeededSampler(Sampler[int]):
         if self.shuffle:
             seed = int(np.random.SeedSequence((self.seed, self.epoch)).generate_state(1)[0])
             order = torch.randperm(self.length, generator=torch.Generator().manual_seed(seed)).tolist()
-        order += order[: len(self) * self.replicas - self.length]
-        return iter(order[self.rank :: self.replicas])
+        total = len(self) * self.replicas
+        filled = list(islice(cycle(order), total))
+        return iter(filled[self.rank :: self.replicas])
 
 
 class TolerantDataset(IterableDataset):

@@ -61,6 +61,7 @@ class SamViT(Encoder):
         checkpointing: recompute blocks in the backward pass; less memory, about a third more time.
         return_tokens: also run the prompts' own queries and return the rows as they leave each level's block.
             Off, ``Features.tokens`` holds ``None``, since HSP-SAM throws these rows away.
+        embedding: keep SAM's neck and return SAM's embedding; networks that read only the levels drop both.
 
     Levels are the outputs of the four global-attention blocks, each (B, D, H/16, W/16), prompts (P, D).
 
@@ -75,6 +76,7 @@ class SamViT(Encoder):
         lora_rank: int = 0,
         checkpointing: bool = False,
         return_tokens: bool = False,
+        embedding: bool = True,
     ) -> None:
         super().__init__(image_size, _MEAN, _STD)
         if variant not in VARIANTS:
@@ -98,7 +100,7 @@ class SamViT(Encoder):
             out_chans=_EMBEDDING,
         )
         self.patch_embed, self.pos_embed = official.patch_embed, official.pos_embed
-        self.blocks, self.neck = official.blocks, official.neck
+        self.blocks, self.neck = official.blocks, official.neck if embedding else None
         if lora_rank:
             apply_lora(self.blocks, lora_rank, _qv_rows)
 
@@ -122,7 +124,7 @@ class SamViT(Encoder):
             if level is not None:
                 levels.append(x.permute(0, 3, 1, 2))
                 tokens.append(rows)
-        return Features(levels, self._embed(x), tokens)
+        return Features(levels, None if self.neck is None else self._embed(x), tokens)
 
     def official_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Resample an official checkpoint's position embeddings (made for 1024) to ``image_size``.
@@ -131,7 +133,7 @@ class SamViT(Encoder):
             state: the encoder part, prefix removed. Entries that already fit, and others, pass unchanged.
         """
         grid = self.image_size // _PATCH
-        result = dict(state)
+        result = {k: v for k, v in state.items() if self.neck is not None or not k.startswith("neck.")}
         if "pos_embed" in state and state["pos_embed"].ndim == 4 and state["pos_embed"].shape[1:3] != (grid, grid):
             result["pos_embed"] = attention.resample_pos_embed(state["pos_embed"], (grid, grid))
         for index in self._level_of:

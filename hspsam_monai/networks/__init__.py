@@ -2,6 +2,6 @@
 
 from hspsam_monai.networks.conv_pyramid import ConvPyramidSAM
 from hspsam_monai.networks.hsp_sam import HSPSAM
-from hspsam_monai.networks.pretrained import load_pretrained
+from hspsam_monai.networks.pretrained import load_checkpoint, load_pretrained
 
-__all__ = ["HSPSAM", "ConvPyramidSAM", "load_pretrained"]
+__all__ = ["HSPSAM", "ConvPyramidSAM", "load_checkpoint", "load_pretrained"]

@@ -8,6 +8,7 @@ from pathlib import Path
 from torch import nn
 
 from hspsam_monai.encoders.weights import KeyReport, load_encoder, load_network, locate, read_state
+from hspsam_monai.errors import WeightsError
 
 logger = logging.getLogger(__name__)
 
@@ -39,4 +40,21 @@ def load_pretrained(network: nn.Module, source: str | Path | None) -> KeyReport 
     report = load_encoder(network.encoder, source)
     used = network.load_sam(state)
     logger.info("Loaded %s: encoder %s; and %d of SAM's own keys.", path.name, report.summary(), len(used))
+    return report
+
+
+def load_checkpoint(network: nn.Module, path: str | Path) -> KeyReport:
+    """Load a trained network for use: every key must be there, nothing else may be.
+
+    Raises:
+        WeightsError: the file is missing, unreadable or belongs to another network or configuration.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise WeightsError(
+            f"No model at {path}; expected the model.pt of a training run or of the bundle. Name it with model=PATH "
+            "(hspsam segment --model)."
+        )
+    report = load_network(network, path)
+    logger.info("Loaded %s: %s.", path, report.summary())
     return report

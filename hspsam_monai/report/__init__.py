@@ -3,10 +3,9 @@
 from hspsam_monai.report.charts import learning_curve_png
 from hspsam_monai.report.gallery import GalleryItem, gallery_png, worst_first
 from hspsam_monai.report.html import gallery_html
-from hspsam_monai.report.overlay import PALETTE, TRUTH_COLOUR, overlay, write_mask_png
+from hspsam_monai.report.overlay import TRUTH_COLOUR, overlay
 
 __all__ = [
-    "PALETTE",
     "TRUTH_COLOUR",
     "GalleryItem",
     "gallery_html",
@@ -14,5 +13,4 @@ __all__ = [
     "learning_curve_png",
     "overlay",
     "worst_first",
-    "write_mask_png",
 ]

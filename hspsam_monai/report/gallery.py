@@ -11,11 +11,11 @@ from PIL import Image, ImageDraw, ImageFont
 
 from hspsam_monai.errors import ConfigError, DataError
 from hspsam_monai.files import atomic_write
+from hspsam_monai.inference.mask_files import PALETTE
 from hspsam_monai.report.overlay import (
     CONFUSED,
     FALSE_NEGATIVE,
     FALSE_POSITIVE,
-    PALETTE,
     TRUTH_COLOUR,
     overlay,
     to_rgb,

@@ -17,8 +17,8 @@ from PIL import Image
 
 from hspsam_monai.errors import ConfigError, DataError
 from hspsam_monai.files import atomic_write
+from hspsam_monai.inference.mask_files import PALETTE
 from hspsam_monai.report.gallery import GalleryItem, colour_key, panel_names, worst_first
-from hspsam_monai.report.overlay import PALETTE
 from hspsam_monai.report.page import FRAME, SCRIPT, STYLE
 
 #: No picture is wider or higher, whatever is asked for: the page must open on a slow machine.
@@ -44,7 +44,7 @@ def gallery_html(
         items: at least one case, with or without truth.
         summary: result of :func:`hspsam_monai.scores.summarise`, of **all** cases; ``None`` without truth.
         title: heading.
-        max_items: cases to show, the worst; the page says how many are left out. A case takes 20 to 60 KB.
+        max_items: cases to show, the worst; the page says how many are left out. A case takes about 80 KB.
         thumbnail: longest side of a picture in pixels, at most 320.
         palette: (N, 3) uint8 RGB.
 

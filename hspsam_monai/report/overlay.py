@@ -1,34 +1,13 @@
-"""Masks as pictures: outlines over an image, the error map, palette PNG files."""
+"""Masks as pictures: outlines over an image, the error map."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
-from PIL import Image
 from scipy.ndimage import distance_transform_edt, find_objects, gaussian_filter
 
 from hspsam_monai.errors import DataError
-from hspsam_monai.files import atomic_write
+from hspsam_monai.inference.mask_files import PALETTE, palette_table
 
-# Chosen once by farthest-point search in CIELAB: each next colour maximises its smallest distance to all
-# before it, to black, to white and to TRUTH_COLOUR, as seen with normal vision and with each of the three
-# colour-vision deficiencies (Machado et al. 2009, full severity). The first eight keep a distance above 20
-# in every view; more classes than about sixteen cannot be told apart by colour alone.
-_CLASS_COLOURS = """
-    33bbee e66100 aa44ff 5d8b74 a2e88b 5d468b a22e17 4600ff e8a2b9 005d5d 8ba25d 8b74a2
-    5d74d1 5de8ff 17d146 4646b9 17ffb9 5d7446 a2ff74 8bb98b 465d46 e874d1 d15d2e 46a2ff
-    5d2ed1 ff8b00 d18bb9 8be8e8 a24674 5d46a2 74d12e a217ff e82ee8 b9ff5d 8bd18b d15d74
-    5d5d8b b9e8d1 2eb946 b92e00 8b462e 5d74b9 5d8bff 74d1ff ffb974 a2748b 8b8b5d 46b9a2
-    17a2d1 d18b2e d14600 5d46d1 00d1d1 e8d1a2 b9462e 5d5dd1 b98b8b ffe8a2 46745d 748b46
-    e817a2 e8a274 ffa2d1
-"""
-
-#: Colours of the classes, (64, 3) uint8 RGB; row 0 is the background, black.
-PALETTE: np.ndarray = np.array(
-    [(0, 0, 0), *(tuple(bytes.fromhex(colour)) for colour in _CLASS_COLOURS.split())], dtype=np.uint8
-)
-PALETTE.setflags(write=False)
 #: Outline of the truth; no class has a colour near it.
 TRUTH_COLOUR = (255, 221, 51)
 #: Tints of the error map: predicted but not true, true but not predicted, predicted as another class.
@@ -118,40 +97,7 @@ def to_rgb(image: np.ndarray) -> np.ndarray:
 
 def colour_mask(mask: np.ndarray, palette: np.ndarray = PALETTE) -> np.ndarray:
     """Paint class indices (H, W) in their colours on black: (H, W, 3) uint8."""
-    return _table(palette)[np.asarray(mask).astype(np.uint8)]
-
-
-def write_mask_png(path: str | Path, mask: np.ndarray, palette: np.ndarray = PALETTE) -> Path:
-    """Write class indices as a palette PNG, whole or not at all.
-
-    A viewer shows coloured classes on black; a reader gets the indices themselves.
-
-    Args:
-        path: the file to write.
-        mask: (H, W) integers in 0 … 255.
-        palette: (N, 3) uint8 RGB, row k for class k.
-
-    Raises:
-        DataError: the mask is not two-dimensional, not integer or out of range.
-    """
-    mask = np.asarray(mask)
-    if mask.ndim != 2 or mask.size == 0 or mask.dtype.kind not in "bui":
-        raise DataError(f"A mask PNG needs an (H, W) integer mask; this one is {mask.shape} {mask.dtype}.")
-    if mask.min() < 0 or mask.max() > 255:
-        raise DataError(f"A mask PNG holds 0 … 255; this mask has {mask.min()} … {mask.max()}.")
-    height, width = mask.shape
-    picture = Image.frombytes("P", (width, height), np.ascontiguousarray(mask, dtype=np.uint8).tobytes())
-    # All 256 entries, so that the file keeps 8 bits a pixel: some readers misread packed 1, 2 or 4 bits.
-    picture.putpalette(_table(palette).tobytes())
-    with atomic_write(path) as part:
-        picture.save(part, format="PNG")
-    return Path(path)
-
-
-def _table(palette: np.ndarray) -> np.ndarray:
-    """(256, 3): the background, then the class colours over and over."""
-    palette = np.asarray(palette, dtype=np.uint8)
-    return np.concatenate([palette[:1], np.resize(palette[1:], (255, 3))])
+    return palette_table(palette)[np.asarray(mask).astype(np.uint8)]
 
 
 def _colour(palette: np.ndarray, k: int) -> np.ndarray:

@@ -3,6 +3,7 @@
 from hspsam_monai.training.checkpoints import Checkpointer
 from hspsam_monai.training.handlers import EpochSeeds, FiniteGuard, Progress, log_file
 from hspsam_monai.training.losses import DiceCE
+from hspsam_monai.training.record import environment, write_record
 from hspsam_monai.training.schedule import parameter_groups, warmup_poly
 
 __all__ = [
@@ -11,7 +12,9 @@ __all__ = [
     "EpochSeeds",
     "FiniteGuard",
     "Progress",
+    "environment",
     "log_file",
     "parameter_groups",
     "warmup_poly",
+    "write_record",
 ]

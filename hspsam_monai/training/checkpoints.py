@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from ignite.engine import Engine, Events
+from ignite.handlers.state_param_scheduler import StateParamScheduler
 from torch import nn
 
 from hspsam_monai.encoders.weights import write_state
@@ -89,11 +90,13 @@ class Checkpointer:
         self.network.load_state_dict(state["network"])
         self.best_network.load_state_dict(state["best_network"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.scheduler.load_state_dict(state["scheduler"])
+        # LambdaLR insists on a key for its functions, which files do not hold: they come from the configuration.
+        self.scheduler.load_state_dict({**self.scheduler.state_dict(), **state["scheduler"]})
         for name in ("best", "best_epoch", "waited", "curve"):
             setattr(self, name, state[name])
         engine.state.epoch = state["epoch"]
         engine.state.iteration = state["iteration"]
+        _advance_counters(engine)
         logger.info("Resumed from %s after epoch %d (best %.4f).", path, state["epoch"], self.best)
         if self._finished():
             engine.terminate()
@@ -167,6 +170,16 @@ class Checkpointer:
             writer = csv.DictWriter(file, fields)
             writer.writeheader()
             writer.writerows(self.curve)
+
+
+def _advance_counters(engine: Engine) -> None:
+    """Tell ignite's parameter schedules, such as the moving average's warm-up, how many iterations have passed.
+
+    They count their own calls and would begin anew; ignite offers no public way to find them.
+    """
+    for handler, *_ in engine._event_handlers[Events.ITERATION_COMPLETED]:
+        if isinstance(handler, StateParamScheduler):
+            handler.event_index = engine.state.iteration
 
 
 def _is_number(value: Any) -> bool:

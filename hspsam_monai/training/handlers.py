@@ -67,8 +67,10 @@ class FiniteGuard:
             raise TrainingError(self._message("loss", float(loss), engine))
 
     def check_gradient(self, engine: Engine) -> None:
-        """Clip, and refuse gradients that are NaN or infinite."""
-        norm = nn.utils.clip_grad_norm_(self.parameters, self.max_norm or float("inf"))
+        """Refuse gradients that are NaN or infinite, and clip them when the optimiser is about to step."""
+        # Clipping a partial sum would change its direction, so accumulated gradients are clipped once, at their end.
+        limit = self.max_norm if self.max_norm and _steps_now(engine) else float("inf")
+        norm = nn.utils.clip_grad_norm_(self.parameters, limit)
         if not torch.isfinite(norm):
             raise TrainingError(self._message("gradient norm", float(norm), engine))
 
@@ -80,6 +82,13 @@ class FiniteGuard:
             f"the batch: {cases}. Look at these images and masks (hspsam check), or lower the learning rate; "
             "last.pt holds the last good epoch."
         )
+
+
+def _steps_now(engine: Engine) -> bool:
+    """Tell whether MONAI's trainer steps its optimiser in this iteration (see its ``accumulation_steps``)."""
+    every, length = getattr(engine, "accumulation_steps", 1), engine.state.epoch_length
+    done = engine.state.iteration if not length else (engine.state.iteration - 1) % length + 1
+    return done % every == 0 or done == length
 
 
 class Progress:

@@ -111,7 +111,8 @@ class RandCamera(RandomizableTransform):
         x = x.clamp(0, 1)
         if on["gamma"]:
             x = x.pow(self._gamma)
-        x = x.masked_fill(black, 0.0)
+        if on["gain"] or on["saturation"] or on["contrast"] or on["gamma"]:
+            x = x.masked_fill(black, 0.0)
         ys = torch.linspace(-1, 1, height).view(-1, 1)
         xs = torch.linspace(-1, 1, width).view(1, -1)
         if on["vignette"]:

@@ -1,0 +1,17 @@
+"""``hspsam``: a thin face over the bundle's configurations.
+
+``app`` declares the commands, each a few lines around one function that can be called from Python as well:
+``workflows`` (train, evaluate, segment), ``scoring``, ``weights``, ``doctor``, ``demo``. Nothing here imports torch or
+MONAI before a command needs them, so ``hspsam --help`` answers at once.
+"""
+
+import os
+
+
+def main() -> None:
+    """Run the command line."""
+    # Before torch is imported: waiting OpenMP threads then sleep instead of spin, on a busy machine a factor of ten.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    from hspsam_monai.cli.app import app
+
+    app(prog_name="hspsam")

@@ -1,0 +1,100 @@
+"""Which model: a run's folder, a checkpoint file or the shipped one; with the configuration it was trained with."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hspsam_monai.bundle_path import bundle_root
+from hspsam_monai.cli.options import config_path, texts_in
+from hspsam_monai.errors import ConfigError, WeightsError
+
+#: Beside a run's ``model.pt``: labels, image size and network.
+OVERLAY = "network.json"
+NETWORK_KEYS = ("labels", "num_classes", "image_size", "network_def")
+#: The one expression that an overlay of ours holds.
+_HARMLESS = {"$len(@labels)"}
+
+
+@dataclass(frozen=True)
+class Model:
+    """A checkpoint and the entries of the configuration that describe its network."""
+
+    path: Path
+    network: dict[str, Any]
+
+    @property
+    def labels(self) -> dict[str, int]:
+        """Class name -> index."""
+        return self.network["labels"]
+
+
+def shipped_model() -> Path:
+    """Where the bundle's own model is (or would be)."""
+    return bundle_root() / "models" / "model.pt"
+
+
+def find_model(source: str | Path | None) -> Model:
+    """Find a model and its configuration.
+
+    Args:
+        source: folder of a training run; a checkpoint, with the ``network.json`` beside it or else the shipped
+            network's configuration; ``None`` or ``shipped`` for the shipped model.
+
+    Raises:
+        WeightsError: there is no such model.
+        ConfigError: its ``network.json`` is not one a training writes.
+    """
+    path = shipped_model() if source is None or str(source) == "shipped" else Path(source).expanduser()
+    path = path / "model.pt" if path.is_dir() else path
+    if not path.is_file():
+        hint = "the shipped model is missing" if path == shipped_model() else "a run's folder or its model.pt"
+        raise WeightsError(
+            f"No model at {path}; expected {hint}. Name one with --model; `hspsam train` makes one, and a run writes "
+            "model.pt after its first validation."
+        )
+    overlay = path.parent / OVERLAY
+    if overlay.is_file():
+        return Model(path.resolve(), read_overlay(overlay))
+    config = json.loads(config_path("inference.json").read_text(encoding="utf-8"))
+    return Model(path.resolve(), {key: config[key] for key in NETWORK_KEYS})
+
+
+def read_overlay(path: Path) -> dict[str, Any]:
+    """Read a run's ``network.json`` without trusting it: MONAI would run code that a stranger's file names.
+
+    Raises:
+        ConfigError: it is not JSON, has other keys, an expression, or builds anything but a known network.
+    """
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: found {error}; expected the {OVERLAY} of a training run.") from error
+    if not isinstance(config, dict) or not set(config) <= set(NETWORK_KEYS) or "network_def" not in config:
+        raise ConfigError(f"{path}: found other entries than {', '.join(NETWORK_KEYS)}. It is no training run's.")
+    refused = [t for t in texts_in(config) if t.startswith(("$", "%")) and t not in _HARMLESS]
+    refused += [t for t in _targets(config) if not _is_network(t)]
+    if refused:
+        raise ConfigError(
+            f"{path}: found {refused[0]!r}, which could run any code. If you wrote it, run it with "
+            "python -m monai.bundle; else do not use this model."
+        )
+    return config
+
+
+def _targets(value: Any) -> list[str]:
+    if isinstance(value, Mapping):
+        own = [str(value["_target_"])] if "_target_" in value else []
+        return own + [target for inner in value.values() for target in _targets(inner)]
+    return [target for inner in value for target in _targets(inner)] if isinstance(value, list) else []
+
+
+def _is_network(target: str) -> bool:
+    # A dotted path may wander into any module that another one imports; a plain name of the room's list cannot.
+    from hspsam_monai import networks
+
+    room, _, name = target.rpartition(".")
+    return room == "hspsam_monai.networks" and name in networks.__all__

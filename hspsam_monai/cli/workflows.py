@@ -1,0 +1,244 @@
+"""Train, evaluate, segment: each finds its configuration files and values, and runs MONAI's workflow on them."""
+
+from __future__ import annotations
+
+import gc
+import json
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from hspsam_monai.cli.console import progress, tell
+from hspsam_monai.cli.models import find_model, shipped_model
+from hspsam_monai.cli.options import check_overrides, config_path, device_setting, overlay_path
+from hspsam_monai.errors import ConfigError, DataError, TrainingError, WeightsError
+
+logger = logging.getLogger(__name__)
+
+LAST, BEST, CONFIG = "last.pt", "model.pt", "config.json"
+
+
+def train(
+    data: str | Path | None,
+    output: str | Path,
+    *,
+    network: str | None = None,
+    task: str | None = None,
+    pretrained: str | None = None,
+    resume: bool = False,
+    check: bool = True,
+    overrides: Mapping[str, Any] | None = None,
+) -> Path:
+    """Check a data set and train on it with the bundle's ``train.json``.
+
+    Args:
+        data: the data set; ``None`` when resuming takes the run's own.
+        output: folder of the run.
+        network: name of an overlay in ``configs/network``.
+        task: name of an overlay in ``configs/task``.
+        pretrained: catalogue name, path, ``none`` (random) or ``shipped``; ``None`` as configured.
+        resume: go on with the run in ``output``, with the configuration it was started with.
+        check: look through the data set first; faults stop the training.
+        overrides: configuration entries.
+
+    Returns:
+        The best model's path.
+
+    Raises:
+        ConfigError: an unknown network, task or entry.
+        DataError: the data set has faults.
+        WeightsError: the pretrained weights are not there.
+        TrainingError: ``output`` holds a run already, or none to resume.
+    """
+    output = _resolved(output)
+    _check_run(output, resume)
+    files = [config_path("train.json")]
+    files += [overlay_path("network", network)] if network else []
+    files += [overlay_path("task", task)] if task else []
+    if resume and (output / CONFIG).is_file():
+        files = [output / CONFIG]  # what the run was started with, whatever is repeated on the command line
+    elif data is None:
+        raise ConfigError("No data set is given. Name it with --data.")
+    config = _merged(files)
+    values = _checked(overrides, config)
+    values |= {"output_dir": str(output), "resume": resume}
+    values |= {} if data is None else {"dataset_dir": str(_resolved(data))}
+    values["pretrained"] = _pretrained(config.get("pretrained") if pretrained is None else pretrained, resume)
+    if check:
+        merged = {**config, **values}
+        _check_data(merged["dataset_dir"], merged["labels"], merged["num_classes"])
+    run_workflow(files, "train", values)
+    best = output / BEST
+    if not best.is_file():
+        raise TrainingError(f"The run in {output} ended without a validation, so there is no {BEST}; look at log.txt.")
+    return best
+
+
+def evaluate(
+    data: str | Path,
+    model: str | Path | None,
+    output: str | Path,
+    *,
+    split: str = "val",
+    device: str | None = None,
+    overrides: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Score a model on a split: table, summary and galleries in ``output``; return the summary.
+
+    Raises:
+        ConfigError, DataError, WeightsError: see :func:`train`.
+    """
+    found = find_model(model)
+    files = [config_path("train.json"), config_path("evaluate.json")]
+    values = _checked(overrides, {**_merged(files), **found.network})
+    output = _resolved(output)
+    values |= {
+        "dataset_dir": str(_resolved(data)),
+        "val_split": split,
+        "model": str(found.path),
+        "output_dir": str(output),
+    }
+    values |= {"device": device_setting(device)} if device else {}
+    run_workflow(files, "evaluate", found.network | values)
+    return json.loads((output / "summary.json").read_text(encoding="utf-8"))
+
+
+def segment(
+    source: str | Path,
+    output: str | Path,
+    *,
+    model: str | Path | None = None,
+    flips: bool = False,
+    device: str | None = None,
+    overrides: Mapping[str, Any] | None = None,
+) -> None:
+    """Segment an image or a folder of images into palette PNGs, with a gallery.
+
+    Raises:
+        ConfigError, WeightsError: see :func:`train`.
+        DataError: nothing to segment; or, when all others are done, names every file that failed.
+    """
+    found = find_model(model)
+    files = [config_path("inference.json")]
+    values = _checked(overrides, {**_merged(files), **found.network})
+    source, output = _resolved(source), _resolved(output)
+    if source == output:
+        raise ConfigError(f"{output} is the input as well; expected another folder for the masks.")
+    values |= {"dataset_dir": str(source), "model": str(found.path), "output_dir": str(output)}
+    values |= {"flips": True} if flips else {}
+    values |= {"device": device_setting(device)} if device else {}
+    run_workflow(files, "infer", found.network | values)
+
+
+def run_workflow(files: Sequence[Path], kind: str, values: Mapping[str, Any]) -> None:
+    """Run one of the bundle's workflows, as ``python -m monai.bundle run`` does.
+
+    Args:
+        files: configuration files; later ones win.
+        kind: MONAI's workflow type, ``train``, ``evaluate`` or ``infer``.
+        values: entries of the configuration to replace, nested ones as ``a::b``.
+    """
+    from monai.bundle import ConfigWorkflow
+
+    kinds = {"evaluate": "evaluation", "infer": "inference"}
+    with _own_logs():
+        workflow = ConfigWorkflow(
+            config_file=[str(file) for file in files],
+            meta_file=str(config_path("metadata.json")),
+            logging_file=False,
+            workflow_type=kinds.get(kind, kind),
+            **values,
+        )
+        try:
+            workflow.initialize()
+            workflow.run()
+        finally:
+            workflow.finalize()
+    del workflow
+    gc.collect()  # engines and handlers refer to each other; several runs in one process must not add up
+
+
+@contextmanager
+def _own_logs() -> Iterator[None]:
+    """A run's log file ends with it; MONAI's loggers write through ours."""
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith("monai"):
+            logging.getLogger(name).handlers.clear()
+            logging.getLogger(name).propagate = True
+    before = list(logging.root.handlers)
+    try:
+        yield
+    except BaseException:
+        logging.getLogger("hspsam_monai.run").debug("", exc_info=True)
+        raise
+    finally:
+        for handler in [h for h in logging.root.handlers if h not in before]:
+            logging.root.removeHandler(handler)
+            handler.close()
+
+
+def _resolved(path: str | Path) -> Path:
+    """Absolute, so that it never looks like one of MONAI's expressions and holds from any folder."""
+    return Path(path).expanduser().resolve()
+
+
+def _merged(files: Sequence[Path]) -> dict[str, Any]:
+    from monai.bundle import ConfigParser
+
+    return ConfigParser.load_config_files([str(file) for file in files])
+
+
+def _checked(overrides: Mapping[str, Any] | None, config: Mapping[str, Any]) -> dict[str, Any]:
+    values = dict(overrides or {})
+    check_overrides(values, config)
+    if "device" in values:
+        values["device"] = device_setting(str(values["device"]))
+    return values
+
+
+def _check_run(output: Path, resume: bool) -> None:
+    """Refuse before anything is written into the folder of another run."""
+    last = output / LAST
+    if resume and not last.is_file():
+        raise TrainingError(f"Nothing to resume: {last} does not exist. Start without --resume.")
+    if not resume and last.is_file():
+        raise TrainingError(f"{output} holds an earlier run. Go on with --resume, or choose another --output.")
+
+
+def _pretrained(source: str | None, resume: bool) -> str:
+    """Path or name of weights that are there; empty for random ones."""
+    if not source or source.lower() == "none":
+        return ""
+    if source == "shipped":
+        return str(find_model(None).path)
+    from hspsam_monai.encoders.weights import CATALOGUE, locate
+
+    try:
+        path = locate(source)
+    except WeightsError as error:
+        if resume:
+            return ""  # last.pt holds everything
+        if source not in CATALOGUE:
+            raise
+        shipped = ", `--pretrained shipped` starts from the shipped model" if shipped_model().is_file() else ""
+        raise WeightsError(
+            f"{error} Or: `--pretrained none` starts from random values{shipped}, `--pretrained PATH` from any file."
+        ) from None
+    # A name stays a name: only then is the file's hash checked.
+    return source if source in CATALOGUE and not Path(source).is_file() else str(path.resolve())
+
+
+def _check_data(data: str, labels: Mapping[str, int], num_classes: Any) -> None:
+    from hspsam_monai.data import check_dataset
+
+    classes = num_classes if isinstance(num_classes, int) else len(labels)
+    with progress(f"Checking {Path(data).name}") as bar:
+        report = check_dataset(data, classes, labels, bar)
+    if not report.ok:
+        tell(report.table())
+        raise DataError(
+            f"{data} has {len(report.faults)} faults, listed above. Mend them, or start with --no-check at your risk."
+        )
+    logger.info("Checked %d cases: no faults, %d warnings.", report.counts.get("cases", 0), len(report.warnings))

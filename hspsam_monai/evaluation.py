@@ -1,0 +1,166 @@
+"""From an engine's results to tables and pictures: the handlers behind evaluate.json and inference.json."""
+
+from __future__ import annotations
+
+import logging
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ignite.engine import Engine, Events
+from monai.engines.utils import IterationEvents
+from torch import Tensor
+
+from hspsam_monai.data import TolerantDataset, read_image
+from hspsam_monai.errors import DataError
+from hspsam_monai.report import GalleryItem, gallery_html, gallery_png
+from hspsam_monai.scores import CaseScore, score_masks, summarise, write_case_table, write_summary
+
+logger = logging.getLogger(__name__)
+
+
+def confidence(logits: Tensor) -> float:
+    """How sure the network is of one case: mean probability of the winning class over its foreground.
+
+    Args:
+        logits: (K, H, W). Where no foreground is predicted, over the whole image.
+
+    Returns:
+        A value in (1/K, 1].
+    """
+    best, winner = logits.float().softmax(0).max(0)
+    foreground = winner > 0
+    return float(best[foreground].mean() if bool(foreground.any()) else best.mean())
+
+
+class CaseReport:
+    """Collect every case of an evaluator; at the end write table, summary, contact sheet and page.
+
+    Attach to a MONAI evaluator whose post-processing leaves ``pred`` as class indices (1, H, W) and keeps
+    ``image`` with its meta data; with ``label`` (1, H, W) the cases are scored.
+
+    Args:
+        folder: where ``cases.csv``, ``summary.json``, ``gallery.png`` and ``gallery.html`` go.
+        labels: class name -> index, background included.
+        title: headline of the page.
+        meta: anything worth keeping in ``summary.json`` (model, data, split).
+        surface: also HD95 and NSD, in pixels.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        labels: dict[str, int],
+        title: str = "Segmentation",
+        meta: dict[str, Any] | None = None,
+        surface: bool = False,
+    ) -> None:
+        self.folder, self.title, self.meta, self.surface = Path(folder), title, dict(meta or {}), surface
+        self.labels = dict(sorted(labels.items(), key=lambda item: item[1]))
+        self.rows: list[CaseScore] = []
+        self.items: list[GalleryItem] = []
+        self._confidences: list[float] = []
+
+    def attach(self, engine: Engine) -> None:
+        """Attach to the evaluator."""
+        engine.add_event_handler(Events.STARTED, self._start)
+        # Before post-processing turns logits into classes.
+        engine.add_event_handler(IterationEvents.FORWARD_COMPLETED, self._read_confidence)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._collect)
+        engine.add_event_handler(Events.COMPLETED, self._write)
+
+    def _start(self, engine: Engine) -> None:
+        self.rows, self.items = [], []
+
+    def _read_confidence(self, engine: Engine) -> None:
+        self._confidences = [confidence(logits) for logits in engine.state.output["pred"]]
+
+    def _collect(self, engine: Engine) -> None:
+        batch = engine.state.batch
+        names = batch["case"] if isinstance(batch, dict) else [item["case"] for item in batch]
+        for output, name, sure in zip(engine.state.output, names, self._confidences, strict=True):
+            prediction = _indices(output["pred"])
+            source = str(output["image"].meta["filename_or_obj"])
+            truth = _indices(output["label"]) if output.get("label") is not None else None
+            if truth is None:
+                foreground = range(1, len(self.labels))
+                row = CaseScore(
+                    case=name,
+                    image=Path(source).name,
+                    dice=(),
+                    iou=(),
+                    truth_pixels=(),
+                    pred_pixels=tuple(int((prediction == k).sum()) for k in foreground),
+                    confidence=sure,
+                )
+            else:
+                scores = score_masks(prediction, truth, len(self.labels), surface=self.surface)
+                row = CaseScore.from_scores(name, Path(source).name, scores, confidence=sure)
+            self.rows.append(row)
+            # Images are read again when the page is made and masks wait as bits, so a large cohort fits in memory.
+            self.items.append(
+                GalleryItem(
+                    case=name,
+                    image=partial(read_image, source),
+                    truth=None if truth is None else self._pack(truth),
+                    prediction=self._pack(prediction),
+                    scores=row if truth is not None else None,
+                    confidence=sure,
+                )
+            )
+
+    def _pack(self, mask: np.ndarray) -> partial[np.ndarray]:
+        """A mask (H, W) that waits in as few bytes as its classes need; calling it unpacks."""
+        return partial(_unpack, np.packbits(mask) if len(self.labels) == 2 else mask, mask.shape)
+
+    def _write(self, engine: Engine) -> None:
+        if not self.rows:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        names = list(self.labels)[1:]
+        write_case_table(self.folder / "cases.csv", self.rows, names)
+        scored = all(row.dice for row in self.rows)
+        summary = summarise(self.rows, class_names=names) if scored else None
+        if summary is not None:
+            write_summary(self.folder / "summary.json", summary, self.meta)
+            dice = summary["dice"]
+            logger.info(
+                "%d cases: mean Dice %.4f (95 %% CI %.4f to %.4f), median %.4f, mean IoU %.4f.",
+                summary["n"], dice["mean"], *dice["ci95"], dice["median"], summary["iou"]["mean"],
+            )  # fmt: skip
+            for source, values in summary.get("per_source", {}).items():
+                logger.info("  %s: %s", source, _short(values))
+        gallery_png(self.folder / "gallery.png", self.items, title=self.title)
+        gallery_html(self.folder / "gallery.html", self.items, summary, self.title)
+        logger.info("Tables and pictures are in %s; open gallery.html.", self.folder)
+
+
+def raise_failures(dataset: TolerantDataset) -> None:
+    """End a run over a tolerant data set: if cases were left out, name them all.
+
+    Raises:
+        DataError: at least one case failed; everything else has been done.
+    """
+    if not dataset.failures:
+        return
+    listing = "\n".join(f"  {case}: {reason}" for case, reason in dataset.failures)
+    done = len(dataset.data) - len(dataset.failures)
+    raise DataError(f"{len(dataset.failures)} of {len(dataset.data)} files failed, {done} are done:\n{listing}")
+
+
+def _short(values: Any) -> str:
+    if isinstance(values, dict):
+        return ", ".join(f"{k} {_short(v)}" for k, v in values.items())
+    return f"{values:.4f}" if isinstance(values, float) else str(values)
+
+
+def _indices(mask: Tensor) -> np.ndarray:
+    """(1, H, W) class indices -> (H, W) uint8."""
+    return np.asarray(mask.detach().cpu())[0].astype(np.uint8)
+
+
+def _unpack(packed: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    if packed.ndim == 2:
+        return packed
+    return np.unpackbits(packed, count=shape[0] * shape[1]).reshape(shape)

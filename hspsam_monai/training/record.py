@@ -1,0 +1,66 @@
+"""What a run leaves beside its results, so that it can be understood and repeated."""
+
+from __future__ import annotations
+
+import json
+import logging
+import platform
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import hspsam_monai
+from hspsam_monai.files import atomic_write
+from hspsam_monai.workflow import running_workflow
+
+logger = logging.getLogger(__name__)
+
+PACKAGES = ("torch", "torchvision", "monai", "numpy", "segment-anything", "kornia", "pytorch-ignite", "pillow")
+#: What an inference needs to know of a training: an overlay for inference.json and evaluate.json.
+NETWORK_KEYS = ("labels", "num_classes", "image_size", "network_def")
+
+
+def environment() -> dict[str, Any]:
+    """Versions of what computes, the device and the number of threads; nothing that names a person or a host."""
+    versions = {"python": platform.python_version(), "hspsam_monai": hspsam_monai.__version__}
+    for name in PACKAGES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = "not installed"
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
+    return {"versions": versions, "device": device, "threads": torch.get_num_threads()}
+
+
+def write_record(folder: str | Path, cases: Mapping[str, Sequence[Mapping[str, Any]]] | None = None) -> None:
+    """Write what was run into ``folder``; called by the configurations' ``initialize`` step.
+
+    * ``config.json``: the merged configuration with all overrides, as executed;
+    * ``network.json``: the part of it that inference needs, usable as an overlay;
+    * ``environment.json``: versions, device, threads;
+    * ``splits.json``: the case names of each split.
+
+    Args:
+        folder: output folder, created if missing.
+        cases: split name -> list of case dictionaries.
+
+    The configuration is taken from the MONAI workflow that runs this step, whichever way it was started
+    (``python -m monai.bundle run``, the command line, or Python); outside a workflow the two files that need
+    it are left out.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    files: dict[str, Any] = {"environment.json": environment()}
+    workflow = running_workflow()
+    if workflow is not None:
+        config = dict(workflow.parser.config)
+        files["config.json"] = config
+        files["network.json"] = {key: config[key] for key in NETWORK_KEYS if key in config}
+    if cases is not None:
+        files["splits.json"] = {name: [case["case"] for case in items] for name, items in cases.items()}
+    for name, content in files.items():
+        with atomic_write(folder / name) as temporary:
+            temporary.write_text(json.dumps(content, indent=1, default=str) + "\n")
