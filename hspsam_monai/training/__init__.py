@@ -1,12 +1,13 @@
 """What MONAI's trainer lacks: the papers' loss and schedule, exact resume, finite guard, progress with ETA."""
 
 from hspsam_monai.training.checkpoints import Checkpointer
-from hspsam_monai.training.handlers import EpochSeeds, FiniteGuard, Progress, log_file
+from hspsam_monai.training.handlers import Attach, EpochSeeds, FiniteGuard, Progress, log_file
 from hspsam_monai.training.losses import DiceCE
 from hspsam_monai.training.record import environment, write_record
 from hspsam_monai.training.schedule import parameter_groups, warmup_poly
 
 __all__ = [
+    "Attach",
     "Checkpointer",
     "DiceCE",
     "EpochSeeds",

@@ -39,7 +39,8 @@ class Checkpointer:
         resume: go on from ``last.pt`` in ``folder``; refuse if there is none.
         patience: stop after so many validations without a better value; 0 never stops.
         half: store ``model.pt`` in float16 (half the size; loading casts back).
-        rank: only process 0 writes.
+
+    In a distributed run only process 0 writes; every process resumes.
 
     Raises:
         TrainingError: ``folder`` holds a run and ``resume`` is false, or nothing is there to resume.
@@ -56,13 +57,13 @@ class Checkpointer:
         resume: bool = False,
         patience: int = 0,
         half: bool = True,
-        rank: int = 0,
     ) -> None:
         self.folder = Path(folder)
         self.network = getattr(network, "module", network)
         self.best_network = self.network if best_network is None else getattr(best_network, "module", best_network)
         self.optimizer, self.scheduler, self.evaluator = optimizer, scheduler, evaluator
-        self.resume, self.patience, self.half, self.rank = resume, patience, half, rank
+        self.resume, self.patience, self.half = resume, patience, half
+        self.rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
         self.best, self.best_epoch, self.waited = float("-inf"), 0, 0
         self.curve: list[dict[str, float]] = []
         self._loss, self._count = 0.0, 0

@@ -6,6 +6,7 @@ import logging
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from ignite.engine import Engine, Events
@@ -38,6 +39,23 @@ class EpochSeeds:
         for part in (getattr(loader, "dataset", None), getattr(loader, "sampler", None)):
             if hasattr(part, "set_epoch"):
                 part.set_epoch(epoch)
+
+
+class Attach:
+    """Let an object that other parts of a configuration refer to stand in the list of handlers as well.
+
+    MONAI's property check reads every handler as a dictionary, so a bare ``@reference`` cannot stand there.
+
+    Args:
+        handler: anything with ``attach(engine)``, such as ignite's ``EMAHandler``.
+    """
+
+    def __init__(self, handler: Any) -> None:
+        self.handler = handler
+
+    def attach(self, engine: Engine) -> None:
+        """Attach the object itself."""
+        self.handler.attach(engine)
 
 
 class FiniteGuard:

@@ -1,0 +1,204 @@
+"""The bundle as MONAI's own tools see it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from monai.bundle import ConfigParser, ConfigWorkflow, verify_metadata, verify_net_in_out
+
+from hspsam_monai.data import find_cases, read_mask, write_phantoms
+
+TASKS = ("polyp", "skin", "breast_ultrasound", "retinal_vessels")
+NETWORKS = ("hsp_sam", "hsp_sam_mobile", "conv_pyramid")
+
+
+def configs(bundle: Path, *names: str) -> list[str]:
+    return [str(bundle / "configs" / f"{name}.json") for name in names]
+
+
+@pytest.fixture(scope="module")
+def phantoms(tmp_path_factory):
+    return write_phantoms(tmp_path_factory.mktemp("bundle") / "phantoms", 6, seed=3, size=(80, 96), val_fraction=0.34)
+
+
+@pytest.fixture(scope="module")
+def trained(bundle, phantoms, tmp_path_factory):
+    """One epoch of the shipped network, small and from random weights, through the bundle's train.json."""
+    run = tmp_path_factory.mktemp("bundle") / "run"
+    workflow = ConfigWorkflow(
+        configs(bundle, "train", "task/polyp"), workflow_type="train", dataset_dir=str(phantoms), output_dir=str(run),
+        pretrained=None, image_size=64, batch_size=2, epochs=1, precision="float32",
+    )  # fmt: skip
+    workflow.initialize()
+    workflow.run()
+    workflow.finalize()
+    return run
+
+
+def test_metadata_follows_the_schema(bundle, shared, tmp_path):
+    verify_metadata(
+        meta_file=str(bundle / "configs" / "metadata.json"),
+        filepath=str(shared / "reference" / "meta_schema_20240725.json"),
+    )
+
+
+def test_metadata_agrees_with_configuration_and_package(bundle):
+    import hspsam_monai
+
+    meta = json.loads((bundle / "configs" / "metadata.json").read_text())
+    inference = json.loads((bundle / "configs" / "inference.json").read_text())
+    image = meta["network_data_format"]["inputs"]["image"]
+    pred = meta["network_data_format"]["outputs"]["pred"]
+    assert image["spatial_shape"] == [inference["image_size"]] * 2
+    assert pred["num_channels"] == len(inference["labels"])
+    assert {int(k): v for k, v in pred["channel_def"].items()} == {v: k for k, v in inference["labels"].items()}
+    assert meta["version"] == hspsam_monai.__version__ and meta["version"] in meta["changelog"]
+    required = {*meta["required_packages_version"], "monai", "torch", "numpy"}
+    names = {"torch" if n == "pytorch" else n for n in required}
+    pins = (bundle.parent / "constraints.txt").read_text()
+    assert all(f"\n{name}==" in pins for name in names)
+
+
+def test_network_in_and_out(bundle):
+    verify_net_in_out(
+        net_id="network_def",
+        meta_file=str(bundle / "configs" / "metadata.json"),
+        config_file=str(bundle / "configs" / "inference.json"),
+        device="cpu",
+    )
+
+
+@pytest.mark.parametrize(
+    ("names", "kind"),
+    [(("train",), "train"), (("train", "evaluate"), "train"), (("inference",), "infer")],
+    ids=["train", "evaluate", "inference"],
+)
+def test_no_property_is_missing_or_wrongly_wired(bundle, names, kind, phantoms):
+    override = {"dataset_dir": str(phantoms), "initialize": []}  # nothing is loaded to ask for properties
+    workflow = ConfigWorkflow(configs(bundle, *names), workflow_type=kind, **override)
+    workflow.initialize()
+    assert workflow.check_properties() == []
+
+
+def test_every_network_builds_without_file_or_network_access(bundle, monkeypatch):
+    import builtins
+    import socket
+
+    def refuse(*_args, **_kwargs):
+        raise AssertionError("a network constructor must not open files or sockets")
+
+    for name in NETWORKS:
+        parser = ConfigParser()
+        parser.read_config(configs(bundle, "train", f"network/{name}"))
+        parser["image_size"] = 64
+        parser.parse()
+        __import__("hspsam_monai.networks")
+        with monkeypatch.context() as patch:
+            patch.setattr(builtins, "open", refuse)
+            patch.setattr(socket, "socket", refuse)
+            network = parser.get_parsed_content("network_def").eval()
+        with torch.no_grad():
+            assert network(torch.rand(1, 3, 64, 64)).shape == (1, 2, 64, 64)
+        assert isinstance(network.dropout, float)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_task_is_an_overlay_of_known_keys(bundle, task):
+    base = json.loads((bundle / "configs" / "train.json").read_text())
+    overlay = json.loads((bundle / "configs" / "task" / f"{task}.json").read_text())
+    assert set(overlay) <= set(base)
+    assert overlay["labels"]["background"] == 0 and overlay["image_size"] % 32 == 0
+    assert set(overlay.get("augmentation", {})) <= set(base["augmentation"])
+
+
+def test_training_leaves_everything_needed_to_repeat_it(trained):
+    for name in ("model.pt", "last.pt", "learning_curve.csv", "config.json", "network.json", "environment.json"):
+        assert (trained / name).is_file(), name
+    splits = json.loads((trained / "splits.json").read_text())
+    assert len(splits["train"]) == 4 and len(splits["val"]) == 2
+    config = json.loads((trained / "config.json").read_text())
+    assert config["seed"] == 0 and config["image_size"] == 64
+    state = torch.load(trained / "model.pt", weights_only=True)
+    assert set(state) == {"model"}
+
+
+def test_evaluate_and_inference_agree_and_survive_a_bad_file(bundle, phantoms, trained, tmp_path):
+    overlay = str(trained / "network.json")
+    model = str(trained / "model.pt")
+    evaluate = ConfigWorkflow(
+        [*configs(bundle, "train", "task/polyp"), overlay, *configs(bundle, "evaluate")], workflow_type="train",
+        dataset_dir=str(phantoms), model=model, output_dir=str(tmp_path / "evaluation"),
+    )  # fmt: skip
+    evaluate.initialize()
+    evaluate.run()
+    summary = json.loads((tmp_path / "evaluation" / "summary.json").read_text())
+    assert summary["n"] == 2
+    page = (tmp_path / "evaluation" / "gallery.html").read_text()
+    assert "<html" in page and (tmp_path / "evaluation" / "gallery.png").is_file()
+
+    images = tmp_path / "images"
+    images.mkdir()
+    for case in find_cases(phantoms, "val"):
+        source = Path(case["image"])
+        (images / source.name).write_bytes(source.read_bytes())
+    (images / "broken.jpg").write_bytes(source.read_bytes()[:300])
+    inference = ConfigWorkflow(
+        [*configs(bundle, "inference"), overlay], workflow_type="infer", dataset_dir=str(images), model=model,
+        output_dir=str(tmp_path / "masks"),
+    )  # fmt: skip
+    inference.initialize()
+    with pytest.raises(RuntimeError) as caught:
+        inference.run()
+    assert "broken" in str(caught.value.__cause__) and "1 of 3 files failed" in str(caught.value.__cause__)
+    assert not (tmp_path / "masks" / "broken.png").exists()
+    rows = (tmp_path / "evaluation" / "cases.csv").read_text().splitlines()
+    pixels = {line.split(",")[0]: int(line.split(",")[7]) for line in rows[1:]}
+    for case, count in pixels.items():
+        mask = read_mask(tmp_path / "masks" / f"{case}.png", 2)
+        assert int((mask == 1).sum()) == count  # both faces, the same mask
+
+
+@pytest.mark.slow
+def test_runs_from_another_folder_with_a_plain_command(bundle, phantoms, trained, tmp_path):
+    config = [*configs(bundle, "inference"), str(trained / "network.json")]
+    done = subprocess.run(
+        [sys.executable, "-m", "monai.bundle", "run", "--config_file", str(config), "--dataset_dir",
+         str(phantoms / "images"), "--output_dir", "out", "--model", str(trained / "model.pt")],
+        cwd=tmp_path, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert len(list((tmp_path / "out").glob("*.png"))) == 7  # six masks and the contact sheet
+
+
+@pytest.mark.slow
+def test_two_processes_train_together(bundle, phantoms, tmp_path):
+    config = configs(bundle, "train", "multi_gpu_train")
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29613", "-m",
+         "monai.bundle", "run", "--config_file", str(config), "--dataset_dir", str(phantoms), "--output_dir",
+         str(tmp_path / "run"), "--pretrained", "", "--image_size", "64", "--batch_size", "1", "--epochs", "1",
+         "--precision", "float32"],
+        cwd=tmp_path, capture_output=True, text=True, check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    curve = (tmp_path / "run" / "learning_curve.csv").read_text().splitlines()
+    assert len(curve) == 2 and np.isfinite(float(curve[1].split(",")[1]))
+    assert (tmp_path / "run" / "model.pt").is_file()
+
+
+def test_the_shipped_model_loads_and_fits_its_configuration(bundle):
+    from hspsam_monai.networks import load_checkpoint
+
+    model = bundle / "models" / "model.pt"
+    assert model.stat().st_size <= 30_000_000
+    parser = ConfigParser()
+    parser.read_config(configs(bundle, "inference"))
+    network = parser.get_parsed_content("network_def")
+    report = load_checkpoint(network, model)
+    assert not report.missing and not report.unexpected
