@@ -1,31 +1,22 @@
-"""What the benchmarks share: the machine, tables and RESULTS.md, intervals, trainings by the bundle, scoring.
-
-Training is the bundle's own (``bundle/configs/train.json`` and ``task/polyp.json`` with overrides), run by
-``monai.bundle.ConfigWorkflow``; there is no second training loop here.
-"""
+"""What the benchmarks share: the machine, tables and RESULTS.md, intervals, scoring, the command line."""
 
 from __future__ import annotations
 
 import argparse
 import csv
-import gc
-import hashlib
-import json
 import logging
 import os
 import platform
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from monai.bundle import ConfigParser, ConfigWorkflow
+from monai.bundle import ConfigParser
 from torch import nn
 
-from hspsam_monai.bundle_path import bundle_root
 from hspsam_monai.data import find_cases, read_image, read_mask
 from hspsam_monai.encoders.weights import CATALOGUE, locate
 from hspsam_monai.errors import ConfigError, DataError
@@ -44,8 +35,6 @@ RESULTS = Path(__file__).with_name("RESULTS.md")
 PRECISION = "float32"
 #: A case below this Dice counts as missed.
 MISSED = 0.1
-#: Rooms of the package whose code decides what a training yields.
-_TRAINING_ROOMS = ("data", "transforms", "encoders", "networks", "training", "inference")
 
 
 # The machine
@@ -202,199 +191,6 @@ def paired_bootstrap(
     return Interval(float(difference.mean()), float(low), float(high))
 
 
-# Trainings
-
-
-@dataclass(frozen=True)
-class Run:
-    """One training of a study.
-
-    Attributes:
-        name: folder of the run inside the study's output; unique.
-        overrides: what differs from train.json with task/polyp.json, ``dataset_dir``, ``pretrained`` and ``seed``
-            among it; keys may name nested values, as in ``network_def::adapt``.
-        overlay: a further configuration of the bundle, such as ``network/conv_pyramid.json``.
-        tests: name of a test set -> its cases.
-    """
-
-    name: str
-    overrides: Mapping[str, Any]
-    overlay: str | None = None
-    tests: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
-
-
-def config_files(overlay: str | None = None) -> list[str]:
-    """List the configurations a run is made of, in the order in which they are merged."""
-    folder = bundle_root() / "configs"
-    return [str(folder / name) for name in ("train.json", "task/polyp.json", *([overlay] if overlay else []))]
-
-
-def merged_config(overlay: str | None = None, overrides: Mapping[str, Any] | None = None) -> ConfigParser:
-    """Parse the bundle's training configuration with overrides; nothing is built yet."""
-    parser = ConfigParser()
-    parser.read_config(config_files(overlay))
-    parser.update(dict(overrides or {}))
-    return parser
-
-
-def code_digest() -> str:
-    """Fingerprint (12 hex digits) of everything in the repository that decides what a training yields."""
-    import hspsam_monai
-
-    package = Path(hspsam_monai.__file__).parent
-    files = [Path(name) for name in config_files()]
-    files += sorted(file for room in _TRAINING_ROOMS for file in (package / room).rglob("*.py"))
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
-    return digest.hexdigest()[:12]
-
-
-class Study:
-    """Trainings one after another; what is finished is kept, what was interrupted goes on.
-
-    ``OUTPUT/NAME/`` is the output folder of a run: ``model.pt``, ``network.json``, ``config.json``,
-    ``learning_curve.csv``; ``settings.json`` (written first) guards against mixing studies, ``run.json`` (written
-    when training is done) marks it as finished, ``scores/SET.csv`` holds one line a case.
-
-    Args:
-        output: folder of the study.
-        runs: what is to be trained and scored.
-
-    Raises:
-        ConfigError: two runs share a name, or a run in ``output`` had other settings.
-    """
-
-    def __init__(self, output: str | Path, runs: Sequence[Run]) -> None:
-        self.output, self.runs = Path(output), list(runs)
-        names = [run.name for run in self.runs]
-        if len(set(names)) != len(names):
-            raise ConfigError(f"Runs need different names, not {', '.join(names)}.")
-        for run in self.runs:
-            self._check_settings(run)
-
-    def folder(self, run: Run) -> Path:
-        """Output folder of a run."""
-        return self.output / run.name
-
-    def complete(self) -> list[dict[str, dict[str, float]]]:
-        """Train and score whatever is not finished yet.
-
-        Returns:
-            For each run: test set -> case -> Dice.
-        """
-        for run in self.runs:  # hours of training must not end in a network that cannot be built
-            merged_config(run.overlay, run.overrides).get_parsed_content("network_def")
-        todo = [run for run in self.runs if not self._finished(run)]
-        logger.info("%d runs, %d of them finished before.", len(self.runs), len(self.runs) - len(todo))
-        begin = time.monotonic()
-        for count, run in enumerate(todo, 1):
-            logger.info("Run %d of %d: %s", count, len(todo), run.name)
-            self._train(run)
-            self._score(run)
-            left = (time.monotonic() - begin) / count * (len(todo) - count)
-            logger.info("%d of %d done, about %s left.", count, len(todo), clock(left))
-        return [{name: read_dice(self._table(run, name)) for name in run.tests} for run in self.runs]
-
-    def describe(self) -> str:
-        """Say in one Markdown line how the runs were trained, from what was executed."""
-        configs = [json.loads((self.folder(run) / "config.json").read_text()) for run in self.runs]
-        records = [json.loads((self.folder(run) / "run.json").read_text()) for run in self.runs]
-        keys = ("epochs", "image_size", "batch_size", "lr", "encoder_lr_scale", "weight_decay", "power", "ema")
-        parts = [f"{key} {'/'.join(dict.fromkeys(str(config.get(key)) for config in configs))}" for key in keys]
-        weights = dict.fromkeys(record["settings"]["pretrained"] or "random weights" for record in records)
-        codes = list(dict.fromkeys(record["code"] for record in records))
-        hours = sum(record["seconds"] for record in records) / 3600
-        text = f"Training: {', '.join(parts)}, start {'/'.join(weights)}; {hours:.1f} h in all; code {', '.join(codes)}."
-        return text + (" **The runs come from different states of the code.**" if len(codes) > 1 else "")
-
-    def _settings(self, run: Run) -> dict[str, Any]:
-        # Places may change between two sittings, what is trained may not.
-        settings = {key: value for key, value in run.overrides.items() if key != "dataset_dir"}
-        settings["dataset"] = Path(str(run.overrides["dataset_dir"])).name
-        settings["pretrained"] = Path(str(run.overrides.get("pretrained", ""))).name
-        settings["overlay"] = run.overlay
-        return json.loads(json.dumps(settings, default=str))
-
-    def _check_settings(self, run: Run) -> None:
-        file = self.folder(run) / "settings.json"
-        if not file.is_file():
-            return
-        old, new = json.loads(file.read_text()), self._settings(run)
-        other = [f"{k} {old.get(k)} (now {new.get(k)})" for k in {**old, **new} if old.get(k) != new.get(k)]
-        if other:
-            raise ConfigError(f"{self.folder(run)} was started with {'; '.join(other)}. Choose another --output.")
-
-    def _table(self, run: Run, test: str) -> Path:
-        return self.folder(run) / "scores" / f"{test}.csv"
-
-    def _finished(self, run: Run) -> bool:
-        return (self.folder(run) / "run.json").is_file() and all(self._table(run, t).is_file() for t in run.tests)
-
-    def _train(self, run: Run) -> None:
-        folder = self.folder(run)
-        if (folder / "run.json").is_file():
-            return
-        folder.mkdir(parents=True, exist_ok=True)
-        _write_json(folder / "settings.json", self._settings(run))
-        earlier = folder / "elapsed.json"
-        before = json.loads(earlier.read_text()) if earlier.is_file() else 0.0
-        resume = (folder / "last.pt").is_file()
-        begin, code = time.monotonic(), code_digest()
-        try:
-            train(config_files(run.overlay), {**run.overrides, "output_dir": str(folder), "resume": resume})
-        finally:
-            seconds = before + time.monotonic() - begin
-            _write_json(earlier, seconds)
-        record = {"settings": self._settings(run), "code": code, "seconds": round(seconds), **_best(folder)}
-        _write_json(folder / "run.json", record)
-        (folder / "last.pt").unlink(missing_ok=True)  # eight times the size of the model, and done with
-
-    def _score(self, run: Run) -> None:
-        network: nn.Module | None = None
-        for test, cases in run.tests.items():
-            table = self._table(run, test)
-            if table.is_file():
-                continue
-            if network is None:
-                network, image_size, num_classes = load_run(self.folder(run))
-            score_cases(network, image_size, num_classes, cases, table)
-
-
-def train(files: Sequence[str], overrides: Mapping[str, Any]) -> None:
-    """Run one training of the bundle in this process, as ``python -m monai.bundle run`` would.
-
-    Args:
-        files: configurations, merged in order.
-        overrides: what differs, ``output_dir`` among it.
-    """
-    root = logging.getLogger()
-    handlers = list(root.handlers)
-    try:
-        workflow = ConfigWorkflow(config_file=list(files), workflow_type="train", logging_file=False, **overrides)
-        workflow.initialize()
-        workflow.run()
-        workflow.finalize()
-    finally:
-        for handler in [h for h in root.handlers if h not in handlers]:  # the log file of this run
-            root.removeHandler(handler)
-            handler.close()
-        gc.collect()
-
-
-def _best(folder: Path) -> dict[str, float]:
-    """Find the epoch that was kept and its validation Dice, from the learning curve."""
-    with (folder / "learning_curve.csv").open(newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row.get("val_mean_dice")]
-    best = max(rows, key=lambda row: float(row["val_mean_dice"]))
-    return {"best_epoch": int(best["epoch"]), "best_dice": float(best["val_mean_dice"]), "epochs": len(rows)}
-
-
-def _write_json(path: Path, content: Any) -> None:
-    with atomic_write(path) as part:
-        part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-
-
 # Scoring
 
 
@@ -497,7 +293,9 @@ def shared_folder() -> Path | None:
 def argument_parser(name: str, description: str) -> argparse.ArgumentParser:
     """Make a parser with the options every benchmark has."""
     parser = argparse.ArgumentParser(
-        description=description.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        prog=f"{name}.py",
+        description=description.splitlines()[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     shared = shared_folder()
     parser.add_argument(
@@ -512,35 +310,6 @@ def argument_parser(name: str, description: str) -> argparse.ArgumentParser:
     parser.add_argument("--results", type=Path, default=RESULTS, help="the file whose section is replaced")
     parser.add_argument("--dry", action="store_true", help="print the table, leave the results file alone")
     return parser
-
-
-def training_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of studies that train."""
-    parser.add_argument("--epochs", type=int, help="default: the task's own")
-    parser.add_argument("--image-size", type=int, help="default: the task's own")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
-    parser.add_argument(
-        "--set", nargs="+", default=[], metavar="KEY=VALUE", dest="settings",
-        help="further overrides of train.json for every run, such as batch_size=4",
-    )  # fmt: skip
-
-
-def common_overrides(args: argparse.Namespace) -> dict[str, Any]:
-    """Collect what the command line changes for every run of a study."""
-    overrides: dict[str, Any] = {"pretrained": weights_file(args.weights)}
-    if args.epochs is not None:
-        overrides["epochs"] = args.epochs
-    if args.image_size is not None:
-        overrides["image_size"] = args.image_size
-    for text in args.settings:
-        key, sign, value = text.partition("=")
-        if not sign or not key:
-            raise ConfigError(f"--set got {text!r}; expected KEY=VALUE.")
-        try:
-            overrides[key] = json.loads(value)
-        except json.JSONDecodeError:
-            overrides[key] = value
-    return overrides
 
 
 def weights_file(weights: str, name: str = "mobile_sam") -> str:
@@ -580,4 +349,5 @@ def publish(section: str, markdown: str, args: argparse.Namespace, *, partial: b
 def start_logging() -> None:
     """Log to the terminal as the bundle does."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    logging.getLogger("ignite.engine.engine").setLevel(logging.WARNING)
+    # MONAI remarks at every run that task/ is a folder of its own and that logging is left to us.
+    logging.getLogger("monai.bundle.workflows").setLevel(logging.ERROR)

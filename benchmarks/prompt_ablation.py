@@ -14,24 +14,20 @@ import numpy as np
 import torch
 from common import (
     PRECISION,
-    Run,
-    Study,
     argument_parser,
     by_source,
     cases_of,
-    common_overrides,
     device,
     load_run,
     logger,
     machine_line,
     markdown_table,
     mean_over_seeds,
-    merged_config,
     paired_bootstrap,
     publish,
     start_logging,
-    training_arguments,
 )
+from studies import Run, Study, common_overrides, merged_config, training_arguments
 
 from hspsam_monai.inference import ImageInferer
 from hspsam_monai.networks.adaptation import ADAPTATIONS
@@ -39,6 +35,8 @@ from hspsam_monai.networks.hierarchical_decoder import STYLES
 from hspsam_monai.networks.prompter import SOURCES
 
 SECTION = "prompt-ablation"
+#: Forward passes of each variant before the clock counts.
+WARM_UP = 3
 
 
 @dataclass(frozen=True)
@@ -111,19 +109,14 @@ def main(argv: list[str] | None = None) -> None:
         all_cases = [_all_cases(scores, v, args.seeds) for v in (variant, base)]
         row.append("–" if variant == base else str(paired_bootstrap(*all_cases)))
         rows.append(row)
-    notes = [
-        "",
+    text = (
         "Dice is the per-image mean at stored resolution on the validation splits. The same splits picked the epoch "
-        "(by their mean together), so the figures compare variants and are a little too high in themselves. Intervals: "
-        "paired bootstrap over images of each image's mean over seeds; they do not cover the choice of seeds. "
-        f"ms/image: forward pass of one image at the network's size, batch 1, {PRECISION}, after 3 warm-up passes, "
-        f"variants interleaved in one process, {args.rounds} rounds.",
-        "",
-        study.describe(),
-        "",
-        machine_line(),
-    ]
-    publish(SECTION, markdown_table(head, rows) + "\n".join(notes), args)
+        "(by their mean together), so the figures compare variants and are a little too high in themselves. "
+        "Intervals: paired bootstrap over images of each image's mean over seeds; they do not cover the choice of "
+        f"seeds. ms/image: forward pass of one image at the network's size, batch 1, {PRECISION}, after {WARM_UP} "
+        f"warm-up passes, variants interleaved in one process, {args.rounds} rounds."
+    )
+    publish(SECTION, f"{markdown_table(head, rows)}\n{text}\n\n{study.describe()}\n\n{machine_line()}", args)
 
 
 def _variants(
@@ -135,7 +128,7 @@ def _variants(
     variants += [replace(base, prompts_per_level=count) for count in prompts if base.prompt_source != "none"]
     variants += [replace(base, decoder=style) for style in decoders]
     variants += [replace(base, adapt=mode) for mode in adapt]
-    return list({variant.name: variant for variant in reversed(variants)}.values())[::-1]
+    return list({variant.name: variant for variant in variants}.values())
 
 
 def _all_cases(scores: dict, variant: Variant, seeds: list[int]) -> np.ndarray:
@@ -153,12 +146,12 @@ def _time(networks: dict[str, tuple[torch.nn.Module, int, int]], rounds: int) ->
     """Seconds of each forward pass, variants interleaved."""
     times: dict[str, list[float]] = {name: [] for name in networks}
     inferer = ImageInferer(precision=PRECISION)
-    for index in range(rounds + 3):
+    for index in range(rounds + WARM_UP):
         for name, (network, size, _) in networks.items():
             image = torch.rand(1, 3, size, size, device=device())
             begin = _now()
             inferer(image, network)
-            if index >= 3:
+            if index >= WARM_UP:
                 times[name].append(_now() - begin)
     logger.info("Timed %d variants.", len(networks))
     return times

@@ -350,6 +350,8 @@ def _mask_files(root: Path) -> dict[str, Path]:
     base, files = (root.parent, [root]) if root.is_file() else (root, sorted(root.rglob("*")))
     paths = [f.relative_to(base) for f in files if f.is_file() and f.name.lower().endswith(MASK_SUFFIXES)]
     paths = [p for p in paths if not any(part.startswith(".") for part in p.parts)]  # unfinished writes
+    if (base / "gallery.html").is_file():  # a run's contact sheet lies among its masks and is none
+        paths = [p for p in paths if p != Path("gallery.png")]
     paths = [p for p in paths if set(p.parent.parts) & set(MASK_FOLDERS)] or paths
     named: dict[str, Path] = {}
     twice = []

@@ -64,7 +64,8 @@ class Face(TyperGroup):
         except (typer.Exit, typer.Abort):
             raise
         except KeyboardInterrupt:
-            tell("Interrupted. A training goes on with the same command and --resume.", "yellow")
+            again = " Go on with the same command and --resume." if ctx.invoked_subcommand == "train" else ""
+            tell(f"Interrupted.{again}", "yellow")
             raise typer.Exit(130) from None
         except Exception as error:
             plain = explain(error)

@@ -113,7 +113,9 @@ def check_overrides(overrides: Mapping[str, Any], config: Mapping[str, Any]) -> 
     for key, value in overrides.items():
         old: Any = config
         for depth, part in enumerate(parts := key.split("::")):
-            known = list(map(str, old if isinstance(old, Mapping) else range(len(old)) if isinstance(old, list) else ()))
+            known = list(
+                map(str, old if isinstance(old, Mapping) else range(len(old)) if isinstance(old, list) else ())
+            )
             arguments = depth > 0 and isinstance(old, Mapping) and "_target_" in old
             if part not in known and arguments:
                 old = None  # an argument left at its default; the class itself knows it
@@ -146,7 +148,7 @@ def _check_kind(key: str, value: Any, old: Any) -> None:
 
 def _settings(config: Mapping[str, Any]) -> list[str]:
     """Keys a user would set: plain values."""
-    return [k for k, v in config.items() if isinstance(v, bool | int | float) or k in {"labels", "train_split"}]
+    return [k for k, v in config.items() if k not in OPTIONS and isinstance(v, bool | int | float)]
 
 
 def _close(name: str, known: Iterable[str]) -> str:

@@ -171,7 +171,7 @@ def _own_logs() -> Iterator[None]:
     try:
         yield
     except BaseException:
-        logging.getLogger("hspsam_monai.run").debug("", exc_info=True)
+        logging.getLogger("run").exception("The run ended early.")  # for log.txt; the terminal shows a sentence
         raise
     finally:
         for handler in [h for h in logging.root.handlers if h not in before]:

@@ -160,30 +160,21 @@ def _strips(length: int, window: int) -> tuple[_Strip, ...]:
     return tuple(strips)
 
 
-@lru_cache(maxsize=256)
-def _window_positions(window: int, rows: int, columns: int) -> tuple[Tensor, Tensor]:
-    """Flat positions of the real and of the padded tokens in a window whose first rows x columns are real."""
-    grid = torch.arange(window * window).view(window, window)
-    real = torch.zeros(window, window, dtype=torch.bool)
-    real[:rows, :columns] = True
-    return grid[real], grid[~real]
-
-
 def _window_bias(attention: nn.Module, window: int, rows: int, columns: int, prompts: int) -> Tensor:
     """Additive bias (heads, n, n + pad + P) of one window shape with n = rows * columns real tokens.
 
     The column after the real keys (present if the window holds padding) is the log-sum-exp over all padded
     positions: sum_j exp(q k_pad + b_j) = exp(q k_pad + logsumexp_j b_j). Prompt columns carry no position: 0.
     """
-    index = attention.attention_bias_idxs
-    real, padded = (p.to(index.device) for p in _window_positions(window, rows, columns))
     table = attention.attention_biases
-    index = index[real]
-    parts = [table[:, index[:, real]]]
-    if len(padded):
-        parts.append(torch.logsumexp(table[:, index[:, padded]].float(), dim=2, keepdim=True).to(table.dtype))
+    # Slices, not masks: their sizes are known to torch.export. (real queries, key rows, key columns)
+    index = attention.attention_bias_idxs.view(window, window, window, window)[:rows, :columns].flatten(0, 1)
+    parts = [table[:, index[:, :rows, :columns].flatten(1)]]
+    if rows * columns < window * window:
+        padded = torch.cat([index[:, :rows, columns:].flatten(1), index[:, rows:].flatten(1)], dim=1)
+        parts.append(torch.logsumexp(table[:, padded].float(), dim=2, keepdim=True).to(table.dtype))
     if prompts:
-        parts.append(table.new_zeros(table.shape[0], len(real), prompts))
+        parts.append(table.new_zeros(table.shape[0], rows * columns, prompts))
     return torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
 
 

@@ -1,6 +1,7 @@
 """What MONAI's trainer lacks: the papers' loss and schedule, exact resume, finite guard, progress with ETA."""
 
 from hspsam_monai.training.checkpoints import Checkpointer
+from hspsam_monai.training.distillation import SelfDistillation
 from hspsam_monai.training.handlers import Attach, EpochSeeds, FiniteGuard, Progress, log_file
 from hspsam_monai.training.losses import DiceCE
 from hspsam_monai.training.record import environment, write_record
@@ -13,6 +14,7 @@ __all__ = [
     "EpochSeeds",
     "FiniteGuard",
     "Progress",
+    "SelfDistillation",
     "environment",
     "log_file",
     "parameter_groups",

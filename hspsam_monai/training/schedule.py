@@ -7,6 +7,9 @@ from torch import nn
 
 from hspsam_monai.errors import ConfigError
 
+#: How names of parameters end that have several axes and yet are positions or tokens, not matrices.
+_UNDECAYED = ("pos_embed", "rel_pos_h", "rel_pos_w", "attention_biases", "_token", "_tokens")
+
 
 def parameter_groups(
     network: nn.Module, lr: float, encoder_lr_scale: float = 1.0, weight_decay: float = 0.1
@@ -17,7 +20,7 @@ def parameter_groups(
         network: a network with an ``encoder``.
         lr: learning rate of everything that is new (decoder, prompts, LoRA).
         encoder_lr_scale: factor for pretrained encoder weights.
-        weight_decay: decay of matrices; norms, biases, tokens and prompts get none.
+        weight_decay: decay of matrices; norms, biases, positions, tokens and prompts get none.
 
     Raises:
         ConfigError: nothing is trainable.
@@ -28,7 +31,7 @@ def parameter_groups(
     for name, p in module.named_parameters():
         if not p.requires_grad:
             continue
-        decayed = p.ndim > 1 and not name.endswith(("_token", "_tokens", "attention_biases")) and "queries" not in name
+        decayed = p.ndim > 1 and not name.endswith(_UNDECAYED) and "queries" not in name
         groups.setdefault((id(p) in pretrained, decayed), []).append(p)
     if not groups:
         raise ConfigError(

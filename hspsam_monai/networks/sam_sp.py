@@ -1,0 +1,144 @@
+"""SAM-SP: the first prediction becomes the prompt of the second (arXiv 2408.12364).
+
+    E = encoder(x);  y0 = decoder(E, nothing);  prompt = box of y0;  y1 = decoder(E, prompt)
+
+The paper's figure shows one such step; ``steps`` makes it any number S. Where the paper is silent, the choices are
+ours: the decoder's weights are shared by all passes, no gradient flows through a prompt, an empty prediction gives no
+prompt, and several classes are several objects with one learned token each.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hspsam_monai.encoders import build_encoder
+from hspsam_monai.errors import ConfigError
+from hspsam_monai.networks.adaptation import set_adaptation
+from hspsam_monai.networks.layers import resize
+from hspsam_monai.networks.sam_decoder import WIDTH, Prompts, SAMDecoder
+from hspsam_monai.networks.self_prompts import KINDS, self_prompts
+
+
+class SAMSPOutput(NamedTuple):
+    """What training sees: ``logits`` (B, K, H, W) of the last pass, and those of every pass, first to last."""
+
+    logits: Tensor
+    passes: list[Tensor]
+
+
+class SAMSP(nn.Module):
+    """SAM that prompts itself with its own first prediction.
+
+    Args:
+        encoder: name of the image encoder.
+        image_size: nominal side of the square input.
+        num_classes: K, background first. Two classes are SAM as it is; more give each foreground class a learned
+            token that tells the shared decoder which object is meant.
+        steps: S self-prompting passes after the unprompted one; 0 is plain fine-tuned SAM.
+        prompt: what a prediction becomes: any of ``box`` (paper), ``mask``, ``points``.
+        points: points an object for the prompt ``points``.
+        box_jitter: in training, each side of a box moves by up to so many pixels of the input.
+        adapt: what of the encoder is trained: ``lora`` (paper), ``full``, ``frozen``. Prompt encoder and mask decoder
+            are always trained.
+        lora_rank: rank of the updates.
+        dropout: probability of dropping channels of the embedding, in train mode only.
+
+    Raises:
+        ConfigError: an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        encoder: str = "sam_vit_b",
+        image_size: int = 512,
+        num_classes: int = 2,
+        steps: int = 1,
+        prompt: tuple[str, ...] | list[str] | str = ("box",),
+        points: int = 1,
+        box_jitter: float = 0.0,
+        adapt: str = "lora",
+        lora_rank: int = 4,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        kinds = (prompt,) if isinstance(prompt, str) else tuple(prompt)
+        if steps < 0:
+            raise ConfigError(f"steps is {steps}; expected 0 or more.")
+        if num_classes < 2:
+            raise ConfigError(f"num_classes is {num_classes}; expected background and at least one class, so 2.")
+        if steps and (not kinds or any(kind not in KINDS for kind in kinds)):
+            raise ConfigError(f"prompt is {prompt!r}; expected some of {', '.join(KINDS)}.")
+        self.encoder = build_encoder(encoder, image_size=image_size, lora_rank=lora_rank if adapt == "lora" else 0)
+        # The decoder works at a quarter of the embedding's stride: 4 pixels for SAM, 1 for LiteMedSAM.
+        self.sam = SAMDecoder(stride=self.encoder.levels[-1].stride)
+        self.classes = nn.Parameter(torch.randn(num_classes - 1, WIDTH)) if num_classes > 2 else None
+        self.image_size, self.num_classes, self.steps = image_size, num_classes, steps
+        self.prompt, self.points, self.box_jitter, self.dropout = kinds, points, box_jitter, dropout
+        set_adaptation(self.encoder, adapt)
+        # Three-mask output and its quality are not used, and points only where they prompt.
+        for parameter in self.sam.mask_decoder.iou_prediction_head.parameters():
+            parameter.requires_grad_(False)
+
+    def forward(self, image: Tensor, prompts: Prompts | None = None) -> Tensor | SAMSPOutput:
+        """Segment a batch.
+
+        Args:
+            image: (B, 3, H, W) in [0, 1], H and W multiples of 32.
+            prompts: what a person adds afterwards, of B images with K - 1 objects, in pixels of ``image``. One more
+                pass then refines the automatic mask with them.
+
+        Returns:
+            In evaluation logits (B, K, H, W), float32. In training :class:`SAMSPOutput`.
+        """
+        embedding = self.encoder(image).embedding
+        if self.dropout and self.training:
+            embedding = F.dropout2d(embedding, self.dropout)
+        masks = [self._decode(embedding, None)]
+        stride = self.sam.stride / 4
+        for _ in range(self.steps):
+            own = self_prompts(masks[-1], self.prompt, stride, self.points)
+            if self.training and self.box_jitter and own.boxes is not None:
+                noise = (torch.rand_like(own.boxes) * 2 - 1) * self.box_jitter
+                own = own._replace(boxes=own.boxes + noise)
+            masks.append(self._decode(embedding, own))
+        if prompts is not None and prompts.shape() is not None:
+            # SAM's way of refining: the mask so far goes in with the new click.
+            found = (masks[-1] > 0).flatten(2).any(-1)
+            given = prompts if prompts.masks is not None else prompts._replace(masks=masks[-1].detach(), has_mask=found)
+            masks.append(self._decode(embedding, given))
+        size = tuple(image.shape[-2:])
+        if not self.training:
+            return self._logits(masks[-1], size)
+        passes = [self._logits(mask, size) for mask in masks]
+        return SAMSPOutput(passes[-1], passes)
+
+    def _decode(self, embedding: Tensor, prompts: Prompts | None) -> Tensor:
+        """One pass: mask logits (B, K - 1, h, w)."""
+        if self.classes is None:
+            return self.sam(embedding, prompts)[0][:, :, 0]
+        objects, batch = self.num_classes - 1, embedding.shape[0]
+        tokens = self.classes[None].expand(batch, -1, -1).reshape(batch * objects, 1, WIDTH)
+        valid = torch.ones(batch * objects, 1, dtype=torch.bool, device=embedding.device)
+        dense = self.sam.prompt_encoder.no_mask_embed.weight.view(1, WIDTH, 1, 1)
+        if prompts is not None:
+            sparse, present, dense = self.sam.embed(prompts, tuple(embedding.shape[-2:]))
+            tokens, valid = torch.cat([tokens, sparse], dim=1), torch.cat([valid, present], dim=1)
+        return self.sam.decode(embedding, tokens, valid, dense, objects)[0][:, :, 0]
+
+    @staticmethod
+    def _logits(masks: Tensor, size: tuple[int, int]) -> Tensor:
+        """Mask logits (B, K - 1, h, w) -> class logits (B, K, H, W): background is 0, so two classes are a sigmoid."""
+        masks = resize(masks.float(), size)
+        return torch.cat([torch.zeros_like(masks[:, :1]), masks], dim=1)
+
+    @torch.no_grad()
+    def load_sam(self, state: dict[str, Tensor]) -> list[str]:
+        """Take prompt encoder and mask decoder from SAM's own state; returns the keys used."""
+        parts = {k: v for k, v in state.items() if k.startswith(("prompt_encoder.", "mask_decoder."))}
+        if parts:
+            self.sam.load_state_dict(parts)
+        return list(parts)

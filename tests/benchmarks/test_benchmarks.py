@@ -1,0 +1,276 @@
+"""The benchmarks: tables, sections of RESULTS.md, intervals, true boxes, and a study that is stopped and resumed."""
+
+import json
+import re
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from hspsam_monai.data import find_cases, write_phantoms
+from hspsam_monai.errors import ConfigError, DataError
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _scripts(repo):
+    """The scripts import each other from their own folder, as when they are started."""
+    sys.path.insert(0, str(repo / "benchmarks"))
+    yield
+    sys.path.remove(str(repo / "benchmarks"))
+
+
+@pytest.fixture
+def phantoms(tmp_path):
+    """Two sources of six phantoms."""
+    for seed, name in enumerate(("kvasir", "clinicdb")):
+        (tmp_path / "data").mkdir(exist_ok=True)
+        write_phantoms(tmp_path / "data" / name, 6, seed=seed, size=(72, 96), val_fraction=0.34)
+    return tmp_path / "data"
+
+
+# Tables and RESULTS.md
+
+
+def test_a_table_says_what_is_not_measured():
+    from common import markdown_table
+
+    text = markdown_table(["a", "b"], [[0.123456, None], ["x|y", 3]])
+    assert text.splitlines() == [
+        "| a | b |",
+        "| --- | --- |",
+        "| 0.1235 | not measured |",
+        "| x\\|y | 3 |",
+    ]
+    with pytest.raises(ConfigError, match="1 cells"):
+        markdown_table(["a", "b"], [[1]])
+
+
+def test_one_section_is_replaced_and_the_rest_stays(tmp_path):
+    from common import update_results
+
+    file = tmp_path / "RESULTS.md"
+    before = (
+        "# T\n<!-- section: one -->\nold\n<!-- end: one -->\nbetween\n<!-- section: two -->\n2\n<!-- end: two -->\n"
+    )
+    file.write_text(before)
+    update_results("one", "new \\1 text\n\n", file)
+    assert file.read_text() == before.replace("old", "new \\1 text")
+    update_results("one", "old", file)
+    assert file.read_text() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["RESULTS.md"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [("three", "x", "must hold"), ("one", "<!-- end: one -->", "may not hold")],
+)
+def test_a_section_that_is_not_there_is_refused(tmp_path, name, content, message):
+    from common import update_results
+
+    file = tmp_path / "RESULTS.md"
+    file.write_text("<!-- section: one -->\nold\n<!-- end: one -->\n")
+    with pytest.raises(ConfigError, match=message):
+        update_results(name, content, file)
+    assert "old" in file.read_text()
+
+
+def test_every_script_has_its_section(repo):
+    import box_prompt
+    import prompt_ablation
+    import run
+    import unseen_sources
+
+    text = (repo / "benchmarks" / "RESULTS.md").read_text()
+    for script in (box_prompt, unseen_sources, prompt_ablation):
+        assert text.count(f"<!-- section: {script.SECTION} -->") == 1
+    sections = re.findall(r"<!-- section: (\S+) -->", text)
+    assert sections == re.findall(r"<!-- end: (\S+) -->", text)
+    assert set(run.unmeasured(repo / "benchmarks" / "RESULTS.md")) <= set(sections)
+
+
+def test_the_machine_is_described_without_its_name():
+    import socket
+
+    from common import machine, machine_line
+
+    found = machine()
+    assert found["cores"] >= 1
+    assert found["threads"] == torch.get_num_threads()
+    assert found["versions"]["torch"] in machine_line()
+    assert socket.gethostname() not in json.dumps(list(found.values())[:-1])
+
+
+# Intervals
+
+
+def test_a_constant_difference_has_no_width():
+    from common import paired_bootstrap
+
+    interval = paired_bootstrap([0.5, 0.7, 0.9], [0.4, 0.6, 0.8], resamples=200)
+    assert interval == pytest.approx((0.1, 0.1, 0.1))
+
+
+def test_the_interval_equals_the_normal_one_on_many_cases():
+    from common import paired_bootstrap
+
+    random = np.random.default_rng(0)
+    base = random.random(2000)
+    gain = random.normal(0.03, 0.2, 2000)
+    interval = paired_bootstrap(base + gain, base, resamples=2000)
+    half = 1.96 * gain.std() / np.sqrt(2000)
+    assert interval.mean == pytest.approx(gain.mean())
+    assert interval.low == pytest.approx(gain.mean() - half, abs=0.1 * half)
+    assert interval.high == pytest.approx(gain.mean() + half, abs=0.1 * half)
+    assert paired_bootstrap(base + gain, base, resamples=2000) == interval
+
+
+def test_blocks_widen_the_interval_of_alike_neighbours():
+    from common import paired_bootstrap
+
+    runs = np.repeat(np.random.default_rng(1).normal(size=40), 20)  # 40 sequences of 20 equal frames
+    one = paired_bootstrap(runs, resamples=2000)
+    blocks = paired_bootstrap(runs, resamples=2000, block=20)
+    ratio = (blocks.high - blocks.low) / (one.high - one.low)
+    assert 2.5 < ratio < np.sqrt(20)  # the whole factor needs blocks cut at the sequences
+    assert blocks.mean == one.mean
+
+
+@pytest.mark.parametrize("a, b", [([], []), ([1.0], [1.0, 2.0]), ([np.nan], [0.0])])
+def test_unpaired_values_are_refused(a, b):
+    from common import paired_bootstrap
+
+    with pytest.raises(DataError):
+        paired_bootstrap(a, b)
+
+
+def test_seeds_are_averaged_case_by_case():
+    from common import mean_over_seeds
+
+    assert mean_over_seeds([{"a": 0.2, "b": 1.0}, {"b": 0.0, "a": 0.4}]) == pytest.approx([0.3, 0.5])
+    with pytest.raises(DataError, match="same cases"):
+        mean_over_seeds([{"a": 0.2}, {"b": 0.2}])
+
+
+# Boxes and variants
+
+
+def test_true_boxes_are_first_and_last_pixel_and_specks_have_none():
+    from box_prompt import true_boxes
+
+    truth = np.zeros((40, 60), np.uint8)
+    truth[3:10, 5:20] = 1
+    truth[10:12, 20:22] = 1  # touches by a corner: the same polyp
+    truth[20:30, 40:59] = 1
+    truth[39, 0] = 1  # a speck
+    assert true_boxes(truth, True, 16).tolist() == [[5, 3, 21, 11], [40, 20, 58, 29]]
+    assert true_boxes(truth, False, 16).tolist() == [[5, 3, 58, 29]]
+    assert len(true_boxes(truth, True, 1)) == 3
+    for separate in (True, False):
+        assert true_boxes(np.zeros((4, 4), np.uint8), separate, 1).shape == (0, 4)
+
+
+def test_variants_differ_from_the_start_in_one_thing_and_come_once():
+    from prompt_ablation import Variant, _variants
+
+    base = Variant("image", 8, "slim", "full")
+    names = [v.name for v in _variants(base, ["static", "image", "none"], [1, 8], ["paper"], ["lora"])]
+    assert names == [
+        "image-p8-slim-full", "static-p8-slim-full", "none-slim-full", "image-p1-slim-full",
+        "image-p8-paper-full", "image-p8-slim-lora",
+    ]  # fmt: skip
+
+
+def test_the_plain_peer_has_the_same_encoder_and_budget():
+    from studies import merged_config
+    from unseen_sources import VARIANTS
+
+    ours, plain = (merged_config(VARIANTS[name]) for name in ("hsp", "plain"))
+    assert ours.get("network_def")["encoder"] == plain.get("network_def")["encoder"]
+    assert plain.get("network_def")["adapt"] == ours.get("network_def")["adapt"] == "full"
+    differing = {key for key in ours.config if ours.get(key) != plain.get(key)}
+    assert differing == {"network_def"}
+
+
+# Studies
+
+
+@pytest.mark.slow
+def test_an_ablation_is_trained_scored_reported_and_not_repeated(phantoms, tmp_path, monkeypatch, capsys):
+    import common
+    import prompt_ablation
+    import studies
+
+    results = tmp_path / "RESULTS.md"
+    results.write_text("<!-- section: prompt-ablation -->\nnot measured\n<!-- end: prompt-ablation -->\n")
+    words = ["--data", str(phantoms / "kvasir"), "--weights", "none", "--output", str(tmp_path / "out")]
+    words += ["--results", str(results), "--epochs", "1", "--image-size", "64", "--seeds", "0", "--rounds", "2"]
+    words += ["--sources", "image", "none", "--set", "batch_size=2"]
+    prompt_ablation.main(words)
+    text = results.read_text()
+    assert "| image-p8-slim-full |" in text
+    assert "| none-slim-full |" in text
+    assert "epochs 1, image_size 64, batch_size 2" in text
+    assert str(tmp_path) not in text
+    scores = common.read_dice(tmp_path / "out" / "none-slim-full-0" / "scores" / "val.csv")
+    assert list(scores) == [case["case"] for case in find_cases(phantoms / "kvasir", "val")]
+
+    def never(*_):
+        raise AssertionError("a finished run was repeated")
+
+    monkeypatch.setattr(studies, "train", never)
+    monkeypatch.setattr(studies, "score_cases", never)
+    prompt_ablation.main(words)
+    with pytest.raises(ConfigError, match=r"epochs 1 \(now 2\)"):
+        prompt_ablation.main([*words, "--epochs", "2"])
+    capsys.readouterr()
+
+
+@pytest.mark.slow
+def test_an_interrupted_run_ends_as_if_it_had_not_been(phantoms, tmp_path, monkeypatch):
+    import studies
+
+    from hspsam_monai.encoders.weights import read_state
+    from hspsam_monai.training import Checkpointer
+
+    overrides = {"dataset_dir": str(phantoms / "kvasir"), "pretrained": "", "seed": 3, "epochs": 2}
+    overrides |= {"image_size": 64, "batch_size": 2, "network_def::prompt_source": "static"}
+    run = studies.Run("run", overrides, tests={"all": find_cases(phantoms / "clinicdb")})
+    expected = studies.Study(tmp_path / "whole", [run]).complete()
+
+    save = Checkpointer.save
+
+    def save_and_stop(self, engine):
+        save(self, engine)
+        raise KeyboardInterrupt
+
+    study = studies.Study(tmp_path / "parts", [run])
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpointer, "save", save_and_stop)
+        with pytest.raises(KeyboardInterrupt):
+            study.complete()
+    assert not (tmp_path / "parts" / "run" / "run.json").exists()
+    assert study.complete() == expected
+    whole, parts = (read_state(tmp_path / name / "run" / "model.pt") for name in ("whole", "parts"))
+    assert all(torch.equal(whole[key], parts[key]) for key in whole)
+    record = json.loads((tmp_path / "parts" / "run" / "run.json").read_text())
+    assert record["epochs"] == 2
+    assert not (tmp_path / "parts" / "run" / "last.pt").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.data
+def test_mobile_sam_finds_a_polyp_in_its_true_box(shared):
+    from box_prompt import BoxedMobileSAM, true_boxes
+    from common import image_tensor
+
+    from hspsam_monai.data import read_mask
+    from hspsam_monai.scores import score_masks
+
+    case = find_cases(shared / "data" / "polyp" / "kvasir", "val")[0]
+    truth = read_mask(case["label"], 2)
+    sam = BoxedMobileSAM(shared / "weights" / "mobile_sam.pt")
+    with torch.inference_mode():
+        embedding, inner = sam.embed(image_tensor(case["image"]))
+        mask = sam.segment(embedding, inner, true_boxes(truth, True, 16), truth.shape, best=False)
+    assert score_masks(mask, truth, 2)["mean_dice"] > 0.8

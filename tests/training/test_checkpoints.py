@@ -1,0 +1,188 @@
+"""What a run leaves behind, and what stops it: checkpoints, best model, patience, refusals."""
+
+import csv
+
+import pytest
+import torch
+from ignite.engine import Engine, Events
+from torch import nn
+
+from hspsam_monai.encoders.weights import read_state
+from hspsam_monai.errors import TrainingError, WeightsError
+from hspsam_monai.networks.pretrained import load_checkpoint
+from hspsam_monai.training import Checkpointer, warmup_poly
+from tests.training.conftest import root
+
+
+def curve(folder):
+    with (folder / "learning_curve.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_model_is_the_averaged_network_in_float16(train):
+    run = train(epochs=1).start()
+    stored = torch.load(run.folder / "model.pt", weights_only=True)
+    average = run.get("ema_handler").ema_model
+    assert set(stored) == {"model"} and list(stored["model"]) == list(average.state_dict())
+    for key, value in average.state_dict().items():
+        assert torch.equal(stored["model"][key], value.half() if value.is_floating_point() else value), key
+    trained = run.get("network").state_dict()
+    assert any(not torch.equal(value, trained[key]) for key, value in average.state_dict().items())
+    # What the validation saw is what inference will see, up to the rounding of the weights.
+    fresh = run.get("network_def")
+    load_checkpoint(fresh, run.folder / "model.pt")
+    image = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        found, expected = fresh.eval()(image), average.eval()(image)
+    assert (found - expected).abs().max() <= 0.02 * expected.abs().max()
+
+
+def test_the_folder_tells_the_run(train):
+    run = train(epochs=2).start()
+    rows = curve(run.folder)
+    assert [row["epoch"] for row in rows] == ["1", "2"]
+    steps = len(run.losses) // 2
+    assert float(rows[0]["loss"]) == pytest.approx(sum(run.losses[:steps]) / steps)
+    assert {"lr", "val_mean_dice"} <= set(rows[0]) and 0 <= float(rows[0]["val_mean_dice"]) <= 1
+    assert "Epoch 2: loss" in (run.folder / "log.txt").read_text()
+    last = torch.load(run.folder / "last.pt", weights_only=True)
+    assert last["epoch"] == 2 and last["iteration"] == len(run.losses)
+    assert not list(run.folder.glob(".tmp*"))
+
+
+def test_an_earlier_run_is_not_overwritten(train):
+    first = train(epochs=1).start()
+    before = {path.name: path.read_bytes() for path in first.folder.glob("*.pt")}
+    with pytest.raises(RuntimeError) as caught:
+        train(epochs=1).start()
+    assert isinstance(root(caught.value), TrainingError) and "--resume" in str(root(caught.value))
+    assert {path.name: path.read_bytes() for path in first.folder.glob("*.pt")} == before
+
+
+def test_nothing_to_resume_is_named(train):
+    with pytest.raises(RuntimeError) as caught:
+        train(resume=True).start()
+    assert isinstance(root(caught.value), TrainingError) and "Nothing to resume" in str(root(caught.value))
+
+
+def test_a_damaged_checkpoint_is_named(train):
+    run = train(epochs=1).start()
+    last = run.folder / "last.pt"
+    last.write_bytes(last.read_bytes()[:1000])
+    with pytest.raises(RuntimeError) as caught:
+        train(epochs=2, resume=True).start()
+    chain, error = [], caught.value
+    while error is not None:
+        chain.append(error)
+        error = error.__cause__
+    assert any(isinstance(error, WeightsError) and "last.pt" in str(error) for error in chain)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_bad_image_stops_the_run_and_the_last_epoch_stays(train, value):
+    kept = {}
+
+    def poison(engine):
+        if engine.state.iteration == 5:  # three a epoch: the second of epoch 2
+            kept.update({p.name: p.read_bytes() for p in run.folder.glob("*.pt")})
+            engine.state.batch["image"][0, 0, 3, 3] = value
+            kept["case"] = engine.state.batch["case"][0]
+
+    run = train(epochs=3)
+    with pytest.raises(RuntimeError) as caught:
+        run.start(at_iteration=poison)
+    error = root(caught.value)
+    assert isinstance(error, TrainingError) and "epoch 2, iteration 5" in str(error) and kept.pop("case") in str(error)
+    assert {p.name: p.read_bytes() for p in run.folder.glob("*.pt")} == kept
+    for name in ("last.pt", "model.pt"):
+        state = torch.load(run.folder / name, weights_only=True)
+        tensors = state["model"] if "model" in state else {**state["network"], **state["best_network"]}
+        assert all(tensor.isfinite().all() for tensor in tensors.values())
+    resumed = train(epochs=3, resume=True).start()  # and it can go on
+    assert len(curve(resumed.folder)) == 3
+
+
+def test_patience_stops_the_run(train):
+    run = train(epochs=6, lr=0.0, patience=2).start()  # without learning, no epoch is better than the first
+    assert [row["epoch"] for row in curve(run.folder)] == ["1", "2", "3"]
+    log = (run.folder / "log.txt").read_text()
+    assert "2 validations without a better value" in log
+    again = train(epochs=6, lr=0.0, patience=2, resume=True).start()
+    assert again.losses == [] and len(curve(run.folder)) == 3
+
+
+def test_resuming_a_finished_run_does_nothing_and_more_epochs_go_on(train):
+    train(epochs=1).start()
+    assert train(epochs=1, resume=True).start().losses == []
+    longer = train(epochs=2, resume=True).start()
+    assert [row["epoch"] for row in curve(longer.folder)] == ["1", "2"]
+
+
+def test_validation_every_second_epoch(train):
+    run = train(epochs=3, val_interval=2).start()
+    assert [bool(row["val_mean_dice"]) for row in curve(run.folder)] == [False, True, False]
+    assert torch.load(run.folder / "last.pt", weights_only=True)["best_epoch"] == 2
+
+
+def test_accumulation_steps_once_for_several_batches(train):
+    """Four batches an epoch: two steps of the optimiser; the learning rate ends with the run, not before."""
+    counts = []
+    run = train(epochs=2, accumulation_steps=2, batch_size=1, warmup=1)
+    optimizer = run.get("optimizer")
+    plain = optimizer.step
+    optimizer.step = lambda *a, **k: (counts.append(1), plain(*a, **k))[1]
+    run.start()
+    assert len(run.losses) == 12 and len(counts) == 6
+    halfway, end = (float(row["lr"]) for row in curve(run.folder))
+    assert halfway > 0 and end == pytest.approx(0, abs=1e-9)
+
+
+# -- the handler alone, on a network of one layer
+
+
+def tiny(folder, **options):
+    """A trainer of one layer with a validation whose scores are given, and its checkpointer."""
+    network = nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+    scheduler = warmup_poly(optimizer, 100)
+    evaluator = Engine(lambda *_: None)
+    engine = Engine(lambda *_: {"loss": torch.tensor(1.0)})
+    scores = options.pop("scores", [0.5])
+    evaluator.state.key_metric_name = "dice"
+
+    def validate(engine):
+        evaluator.state.epoch = engine.state.epoch
+        evaluator.state.metrics = {"dice": scores[engine.state.epoch - 1], "text": "no number"}
+        network.weight.data.fill_(engine.state.epoch)
+
+    engine.add_event_handler(Events.EPOCH_COMPLETED, validate)
+    checkpointer = Checkpointer(folder, network, optimizer, scheduler, evaluator, **options)
+    checkpointer.attach(engine)
+    return engine, checkpointer
+
+
+def test_the_best_epoch_is_kept(tmp_path):
+    engine, _ = tiny(tmp_path, scores=[0.3, 0.6, 0.6, 0.2], half=False)
+    engine.run([0], max_epochs=4)
+    assert (read_state(tmp_path / "model.pt")["weight"] == 2).all()  # equal is not better
+    assert (torch.load(tmp_path / "last.pt", weights_only=True)["network"]["weight"] == 4).all()
+
+
+def test_a_score_that_is_not_a_number_is_never_the_best(tmp_path):
+    engine, checkpointer = tiny(tmp_path, scores=[float("nan"), 0.1])
+    engine.run([0], max_epochs=2)
+    assert checkpointer.best == pytest.approx(0.1) and checkpointer.best_epoch == 2
+
+
+def test_only_the_first_process_writes(tmp_path):
+    engine, _ = tiny(tmp_path / "run", rank=1)
+    engine.run([0], max_epochs=1)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_parallel_wrapper_is_looked_through(tmp_path):
+    wrapper = nn.Module()
+    wrapper.module = nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(wrapper.parameters(), lr=0.1)
+    made = Checkpointer(tmp_path, wrapper, optimizer, warmup_poly(optimizer, 10), Engine(lambda *_: None))
+    assert made.network is wrapper.module is made.best_network

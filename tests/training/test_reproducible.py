@@ -1,0 +1,118 @@
+"""The same seed gives the same run to the last bit, also when it was interrupted."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+
+def same(a, b):
+    """Equal to the last bit, through dictionaries and lists."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
+    return a == b
+
+
+def state(folder, name="last.pt"):
+    return torch.load(folder / name, weights_only=True)
+
+
+def assert_same_run(a, b):
+    first, second = state(a), state(b)
+    assert first.keys() == second.keys()
+    for key in first:
+        assert same(first[key], second[key]), key
+    assert same(state(a, "model.pt"), state(b, "model.pt"))
+    assert (a / "learning_curve.csv").read_bytes() == (b / "learning_curve.csv").read_bytes()
+
+
+@pytest.fixture
+def straight(train):
+    """A run of four epochs that nothing disturbed."""
+    return train("straight", epochs=4).start()
+
+
+def test_same_seed_same_run_and_another_seed_another(train):
+    torch.manual_seed(1)
+    first = train("first", epochs=2).start()
+    torch.manual_seed(2)  # what happened before must not matter
+    second = train("second", epochs=2).start()
+    assert first.losses == second.losses and len(first.losses) == 6
+    assert_same_run(first.folder, second.folder)
+    other = train("other", epochs=1, seed=1).start()
+    assert not set(other.losses) & set(first.losses)
+
+
+@pytest.mark.parametrize("stop_at", [5, 8])  # three iterations an epoch: inside epochs 2 and 3
+def test_interrupted_and_resumed_equals_uninterrupted(train, straight, stop_at):
+    broken = train("broken", epochs=4).start(stop_at=stop_at)
+    resumed = train("broken", epochs=4, resume=True).start()
+    done = stop_at // 3 * 3
+    assert broken.losses == straight.losses[: len(broken.losses)] and len(broken.losses) >= stop_at - 1
+    assert resumed.losses == straight.losses[done:]
+    assert_same_run(resumed.folder, straight.folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [2, 4])
+def test_workers_do_not_matter(train, workers):
+    alone, helped = train("alone").start(), train("helped", num_workers=workers).start()
+    assert alone.losses == helped.losses
+    assert_same_run(alone.folder, helped.folder)
+
+
+@pytest.mark.slow
+def test_accumulating_runs_resume_as_well(train):
+    options = {"epochs": 4, "accumulation_steps": 2}
+    straight = train("straight", **options).start()
+    train("broken", **options).start(stop_at=8)
+    assert_same_run(train("broken", resume=True, **options).start().folder, straight.folder)
+
+
+@pytest.mark.slow
+def test_killed_and_resumed_equals_uninterrupted(bundle, phantoms, tmp_path):
+    """SIGKILL from outside at five moments of one run, started as MONAI's users start it."""
+
+    def start(folder, resume):
+        options = {
+            "dataset_dir": phantoms,
+            "output_dir": folder,
+            "pretrained": "''",
+            "image_size": 64,
+            "batch_size": 2,
+            "epochs": 5,
+            "warmup": 50,
+            "precision": "float32",
+            "device": "$torch.device('cpu')",
+            "resume": resume,
+        }
+        words = [text for key, value in options.items() for text in (f"--{key}", str(value))]
+        command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", bundle / "configs" / "train.json"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        return subprocess.Popen(
+            [*command, *words], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    assert start(straight, False).wait() == 0
+    kills = 0
+    for epoch in range(1, 6):
+        process = start(broken, (broken / "last.pt").exists())
+        while process.poll() is None:
+            if kills < 4 and (broken / "last.pt").exists() and state(broken)["epoch"] >= epoch:
+                time.sleep(0.05 * epoch)  # somewhere else in the next epoch each time
+                os.kill(process.pid, signal.SIGKILL)
+                kills += process.wait() == -signal.SIGKILL
+            time.sleep(0.01)
+        if process.returncode == 0:
+            break
+    assert process.returncode == 0 and kills >= 1
+    assert_same_run(straight, broken)
