@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import logging
+import math
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from torch import Tensor
 
 from hspsam_monai.data import TolerantDataset, read_image
 from hspsam_monai.errors import DataError
-from hspsam_monai.report import GalleryItem, gallery_html, gallery_png
+from hspsam_monai.report import GalleryItem, gallery_html, gallery_png, learning_curve_png
 from hspsam_monai.scores import CaseScore, score_masks, summarise, write_case_table, write_summary
 
 logger = logging.getLogger(__name__)
@@ -134,6 +136,36 @@ class CaseReport:
         gallery_png(self.folder / "gallery.png", self.items, title=self.title)
         gallery_html(self.folder / "gallery.html", self.items, summary, self.title)
         logger.info("Tables and pictures are in %s; open gallery.html.", self.folder)
+
+
+class LearningCurve:
+    """Draw ``learning_curve.png`` from ``learning_curve.csv`` after every epoch; attach after the Checkpointer.
+
+    Args:
+        folder: the run's folder.
+        metric: column of the validation's key metric.
+    """
+
+    def __init__(self, folder: str | Path, metric: str = "val_mean_dice") -> None:
+        self.folder, self.metric = Path(folder), metric
+
+    def attach(self, engine: Engine) -> None:
+        """Attach to the trainer."""
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self)
+
+    def __call__(self, engine: Engine | None = None) -> None:
+        """Draw what the table holds so far."""
+        path = self.folder / "learning_curve.csv"
+        if not path.is_file():
+            return
+        with path.open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        series = {"training loss": [float(row["loss"]) for row in rows]}
+        # Epochs without a validation are gaps.
+        scores = [float(row[self.metric]) if row.get(self.metric) else math.nan for row in rows]
+        if not all(math.isnan(score) for score in scores):
+            series["validation Dice"] = scores
+        learning_curve_png(self.folder / "learning_curve.png", [int(row["epoch"]) for row in rows], series)
 
 
 def raise_failures(dataset: TolerantDataset) -> None:
