@@ -48,6 +48,7 @@ class CaseReport:
         title: headline of the page.
         meta: anything worth keeping in ``summary.json`` (model, data, split).
         surface: also HD95 and NSD, in pixels.
+        sheet: also draw ``gallery.png``; off where masks lie in the same folder and one could have that name.
     """
 
     def __init__(
@@ -57,8 +58,10 @@ class CaseReport:
         title: str = "Segmentation",
         meta: dict[str, Any] | None = None,
         surface: bool = False,
+        sheet: bool = True,
     ) -> None:
         self.folder, self.title, self.meta, self.surface = Path(folder), title, dict(meta or {}), surface
+        self.sheet = sheet
         self.labels = dict(sorted(labels.items(), key=lambda item: item[1]))
         self.rows: list[CaseScore] = []
         self.items: list[GalleryItem] = []
@@ -133,7 +136,8 @@ class CaseReport:
             )  # fmt: skip
             for source, values in summary.get("per_source", {}).items():
                 logger.info("  %s: %s", source, _short(values))
-        gallery_png(self.folder / "gallery.png", self.items, title=self.title)
+        if self.sheet:
+            gallery_png(self.folder / "gallery.png", self.items, title=self.title)
         gallery_html(self.folder / "gallery.html", self.items, summary, self.title)
         logger.info("Tables and pictures are in %s; open gallery.html.", self.folder)
 

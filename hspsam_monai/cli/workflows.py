@@ -68,7 +68,7 @@ def train(
     values["pretrained"] = _pretrained(config.get("pretrained") if pretrained is None else pretrained, resume)
     if check:
         merged = {**config, **values}
-        _check_data(merged["dataset_dir"], merged["labels"], merged["num_classes"])
+        require_good_data(merged["dataset_dir"], merged["labels"], merged["num_classes"])
     run_workflow(files, "train", values)
     best = output / BEST
     if not best.is_file():
@@ -230,7 +230,12 @@ def _pretrained(source: str | None, resume: bool) -> str:
     return source if source in CATALOGUE and not Path(source).is_file() else str(path.resolve())
 
 
-def _check_data(data: str, labels: Mapping[str, int], num_classes: Any) -> None:
+def require_good_data(data: str | Path, labels: Mapping[str, int], num_classes: Any) -> None:
+    """Look through a data set; list its faults and refuse it if there are any.
+
+    Raises:
+        DataError: there is at least one fault.
+    """
     from hspsam_monai.data import check_dataset
 
     classes = num_classes if isinstance(num_classes, int) else len(labels)
@@ -239,6 +244,6 @@ def _check_data(data: str, labels: Mapping[str, int], num_classes: Any) -> None:
     if not report.ok:
         tell(report.table())
         raise DataError(
-            f"{data} has {len(report.faults)} faults, listed above. Mend them, or start with --no-check at your risk."
+            f"{data} has faults ({len(report.faults)}), listed above. Mend them (train --no-check goes on regardless)."
         )
     logger.info("Checked %d cases: no faults, %d warnings.", report.counts.get("cases", 0), len(report.warnings))

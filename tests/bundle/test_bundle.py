@@ -172,7 +172,7 @@ def test_runs_from_another_folder_with_a_plain_command(bundle, phantoms, trained
         cwd=tmp_path, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
-    assert len(list((tmp_path / "out").glob("*.png"))) == 7  # six masks and the contact sheet
+    assert len(list((tmp_path / "out").glob("*.png"))) == 6
 
 
 @pytest.mark.slow

@@ -1,0 +1,346 @@
+"""The command line: every command, its exit codes and its words."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from hspsam_monai.cli.app import app
+from hspsam_monai.cli.console import explain
+from hspsam_monai.cli.models import find_model, read_overlay
+from hspsam_monai.cli.options import check_overrides, overlay_names, parse_overrides
+from hspsam_monai.data import write_phantoms
+from hspsam_monai.errors import ConfigError, DataError, WeightsError
+
+TINY = ["image_size=64", "batch_size=4", "epochs=1", "warmup=1"]
+
+
+def hspsam(*arguments: object, code: int = 0):
+    """Run a command in this process and demand its exit code."""
+    result = CliRunner().invoke(app, [str(a) for a in arguments])
+    assert result.exit_code == code, result.output + "".join(map(str, [result.exception]))
+    return result
+
+
+@pytest.fixture(scope="module")
+def phantoms(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ten phantoms of 64 pixels, three of them for validation."""
+    return write_phantoms(tmp_path_factory.mktemp("cli") / "data", 10, size=(64, 64), val_fraction=0.3)
+
+
+@pytest.fixture(scope="module")
+def run(phantoms: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of one epoch from random weights."""
+    folder = tmp_path_factory.mktemp("cli") / "run"
+    hspsam("train", "--data", phantoms, "--output", folder, "--pretrained", "none", *TINY)
+    return folder
+
+
+class TestFace:
+    def test_help_is_quick_and_light(self):
+        begin = os.times()
+        code = (
+            "import sys; from typer.testing import CliRunner; from hspsam_monai.cli.app import app\n"
+            "assert CliRunner().invoke(app, ['--help']).exit_code == 0\n"
+            "heavy = {'torch', 'monai', 'numpy'} & set(sys.modules)\n"
+            "sys.exit(f'imported {heavy}' if heavy else 0)"
+        )
+        subprocess.run([sys.executable, "-c", code], check=True)
+        end = os.times()
+        assert end.children_user + end.children_system - begin.children_user - begin.children_system < 1
+
+    @pytest.mark.parametrize("command", ["demo", "check", "train", "evaluate", "segment", "score", "doctor", "weights"])
+    def test_every_command_has_help(self, command: str):
+        assert "Usage" in hspsam(command, "--help").output
+
+    def test_version(self):
+        assert hspsam("--version").output.startswith("hspsam 0.")
+
+    def test_process_ends_with_one_sentence(self, phantoms: Path, tmp_path: Path):
+        command = [sys.executable, "-m", "hspsam_monai", "train", "--data", str(phantoms), "--output", str(tmp_path)]
+        done = subprocess.run([*command, "--task", "polip"], capture_output=True, text=True, check=False)
+        assert done.returncode == 2
+        assert "Did you mean polyp?" in done.stderr and "Traceback" not in done.stderr
+
+    def test_debug_keeps_the_traceback(self, phantoms: Path, tmp_path: Path):
+        result = CliRunner().invoke(app, ["train", "--output", str(tmp_path), "--task", "polip", "--debug"])
+        assert isinstance(result.exception, ConfigError)
+
+    def test_explain_finds_the_named_error_in_the_chain(self):
+        def wrapped():
+            try:
+                raise DataError("no masks")
+            except DataError as error:
+                raise RuntimeError("failed to evaluate expression") from error
+
+        with pytest.raises(RuntimeError) as caught:
+            wrapped()
+        assert explain(caught.value) == ("no masks", 1)
+        assert explain(ConfigError("x")) == ("x", 2)
+        assert explain(KeyError("x")) is None
+        assert "full" in explain(OSError(28, "No space left on device", "/a"))[0]
+
+
+class TestOptions:
+    def test_values_are_literals_or_text(self):
+        pairs = ["epochs=3", "lr=1e-4", "ema=0", "resume_from=a=b", "x=true", "y=null", "z=[1, 2]", "w=(1,2)"]
+        assert parse_overrides(pairs) == {
+            "epochs": 3,
+            "lr": 1e-4,
+            "ema": 0,
+            "resume_from": "a=b",
+            "x": True,
+            "y": None,
+            "z": [1, 2],
+            "w": [1, 2],
+        }
+
+    @pytest.mark.parametrize(
+        ("pair", "words"),
+        [
+            ("epochs", "KEY=VALUE"),
+            ("lr=$__import__('os').system('true')", "expression"),
+            ("labels={'a': '$1'}", "expression"),
+            ("x=%other.json#a", "expression"),
+            ("dataset_dir=x", "--data"),
+        ],
+    )
+    def test_refused_pairs(self, pair: str, words: str):
+        with pytest.raises(ConfigError, match=words):
+            parse_overrides([pair])
+
+    @pytest.mark.parametrize(
+        ("key", "value", "words"),
+        [
+            ("epoch", 1, "Did you mean epochs"),
+            ("augmentation::camra", 1, "Did you mean camera"),
+            ("epochs", "many", "whole number"),
+            ("epochs", 1.5, "whole number"),
+            ("lr", "fast", "a number"),
+            ("augmentation", 3, "dictionary"),
+            ("handlers::9", 1, "no '9'"),
+        ],
+    )
+    def test_entries_must_exist_and_fit(self, key: str, value: object, words: str):
+        config = {"epochs": 1, "lr": 0.1, "augmentation": {"camera": 0.5}, "handlers": [{"_target_": "X"}]}
+        with pytest.raises(ConfigError, match=words):
+            check_overrides({key: value}, config)
+
+    def test_arguments_of_a_class_may_be_added(self):
+        check_overrides({"network_def::dropout": 0.1}, {"network_def": {"_target_": "X"}})
+
+    def test_overlays_are_the_bundles_files(self, bundle: Path):
+        assert overlay_names("task") == sorted(path.stem for path in (bundle / "configs" / "task").glob("*.json"))
+
+
+class TestModels:
+    def test_run_folder_and_file_mean_the_same(self, run: Path):
+        assert find_model(run) == find_model(run / "model.pt")
+        assert find_model(run).network["image_size"] == 64
+
+    def test_lone_file_takes_the_shipped_configuration(self, run: Path, tmp_path: Path, bundle: Path):
+        (tmp_path / "other.pt").write_bytes((run / "model.pt").read_bytes())
+        shipped = json.loads((bundle / "configs" / "inference.json").read_text())
+        assert find_model(tmp_path / "other.pt").network["network_def"] == shipped["network_def"]
+
+    def test_missing(self, tmp_path: Path):
+        with pytest.raises(WeightsError, match="--model"):
+            find_model(tmp_path)
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"image_size": "$__import__('os').system('touch stolen')"},
+            {"network_def": {"_target_": "os.system", "command": "touch stolen"}},
+            {"network_def": {"_target_": "hspsam_monai.networks.pretrained.logging.os.system"}},
+            {"network_def": {"_target_": "hspsam_monai.networks.HSPSAM", "encoder": {"_target_": "os.system"}}},
+            {"initialize": ["$1"]},
+        ],
+    )
+    def test_overlay_that_would_run_code_is_refused(self, run: Path, tmp_path: Path, change: dict):
+        overlay = tmp_path / "network.json"
+        overlay.write_text(json.dumps(json.loads((run / "network.json").read_text()) | change))
+        with pytest.raises(ConfigError):
+            read_overlay(overlay)
+
+
+class TestCheck:
+    def test_good(self, phantoms: Path):
+        assert "No faults" in hspsam("check", phantoms).stdout
+
+    def test_every_fault_is_named(self, phantoms: Path, tmp_path: Path):
+        data = write_phantoms(tmp_path / "data", 6, size=(64, 64))
+        (data / "masks" / "phantom_0001.png").unlink()
+        (data / "images" / "phantom_0002.jpg").write_bytes(b"")
+        Image.fromarray(np.full((64, 64), 7, np.uint8)).save(data / "masks" / "phantom_0003.png")
+        result = hspsam("check", data, "--json", tmp_path / "report.json", code=1)
+        for number in (1, 2, 3):
+            assert f"phantom_000{number}" in result.stdout
+        assert len(json.loads((tmp_path / "report.json").read_text())["faults"]) >= 3
+
+    def test_unknown_task_lists_what_there_is(self, phantoms: Path):
+        assert "polyp" in hspsam("check", phantoms, "--task", "polip", code=2).stderr
+
+    def test_faults_stop_a_training(self, tmp_path: Path):
+        data = write_phantoms(tmp_path / "data", 4, size=(64, 64))
+        (data / "masks" / "phantom_0001.png").unlink()
+        result = hspsam("train", "--data", data, "--output", tmp_path / "run", "--pretrained", "none", code=1)
+        assert "missing_mask" in result.stderr and not (tmp_path / "run").exists()
+
+
+class TestTrain:
+    def test_writes_model_and_record(self, run: Path):
+        for name in ("model.pt", "last.pt", "config.json", "network.json", "log.txt", "learning_curve.csv"):
+            assert (run / name).is_file(), name
+
+    def test_typo_in_key(self, phantoms: Path, tmp_path: Path):
+        result = hspsam("train", "--data", phantoms, "--output", tmp_path / "run", "epoch=1", code=2)
+        assert "Did you mean epochs?" in result.stderr
+
+    def test_unknown_network(self, phantoms: Path, tmp_path: Path):
+        result = hspsam("train", "--data", phantoms, "--output", tmp_path, "--network", "hsp_same", code=2)
+        assert "hsp_sam" in result.stderr
+
+    def test_missing_weights_say_what_to_do(self, phantoms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.setenv("HSPSAM_WEIGHTS", str(tmp_path))
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        result = hspsam("train", "--data", phantoms, "--output", tmp_path / "run", code=1)
+        assert "hspsam weights fetch mobile_sam" in result.stderr and "--pretrained none" in result.stderr
+
+    def test_another_run_is_never_touched(self, phantoms: Path, run: Path):
+        before = {path.name: path.stat().st_mtime_ns for path in run.iterdir()}
+        assert "--resume" in hspsam("train", "--data", phantoms, "--output", run, *TINY, code=1).stderr
+        assert before == {path.name: path.stat().st_mtime_ns for path in run.iterdir()}
+
+    def test_nothing_to_resume(self, phantoms: Path, tmp_path: Path):
+        result = hspsam("train", "--data", phantoms, "--output", tmp_path, "--resume", code=1)
+        assert "Nothing to resume" in result.stderr
+
+    @pytest.mark.slow
+    def test_resume_keeps_the_configuration(self, phantoms: Path, tmp_path: Path):
+        folder = tmp_path / "run"
+        hspsam("train", "--data", phantoms, "--output", folder, "--pretrained", "none", *TINY)
+        hspsam("train", "--output", folder, "--resume", "epochs=2")
+        with (folder / "learning_curve.csv").open() as file:
+            assert [row["epoch"] for row in csv.DictReader(file)] == ["1", "2"]
+        assert json.loads((folder / "config.json").read_text())["image_size"] == 64
+
+
+class TestUse:
+    def test_evaluate_segment_and_score_agree(self, phantoms: Path, run: Path, tmp_path: Path):
+        result = hspsam("evaluate", "--data", phantoms, "--model", run, "--output", tmp_path / "eval")
+        summary = json.loads((tmp_path / "eval" / "summary.json").read_text())
+        assert f"mean Dice {summary['dice']['mean']:.4f}" in result.stdout
+        assert (tmp_path / "eval" / "gallery.png").is_file()
+
+        masks = tmp_path / "masks"
+        hspsam("segment", phantoms / "images", masks, "--model", run, "--device", "cpu")
+        assert {p.stem for p in masks.glob("phantom_*.png")} == {p.stem for p in (phantoms / "images").iterdir()}
+        assert np.array(Image.open(masks / "phantom_0000.png")).shape == (64, 64)
+
+        scores = ["--csv", tmp_path / "s.csv", "--json", tmp_path / "s.json"]
+        hspsam("score", masks, phantoms, "--split", "val", *scores)
+        again = json.loads((tmp_path / "s.json").read_text())
+        assert again["n"] == 3
+        assert again["dice"]["mean"] == pytest.approx(summary["dice"]["mean"], abs=1e-6)
+
+    def test_log_files_end_with_their_run(self, phantoms: Path, run: Path, tmp_path: Path):
+        first, second = tmp_path / "first", tmp_path / "second"
+        hspsam("segment", phantoms / "images" / "phantom_0000.jpg", first, "--model", run)
+        length = (first / "log.txt").stat().st_size
+        hspsam("segment", phantoms / "images" / "phantom_0000.jpg", second, "--model", run)
+        assert length > 0 and (first / "log.txt").stat().st_size == length
+
+    def test_bad_file_does_not_stop_the_others(self, phantoms: Path, run: Path, tmp_path: Path):
+        images = tmp_path / "images"
+        images.mkdir()
+        for name in ("phantom_0000.jpg", "phantom_0001.jpg"):
+            (images / name).write_bytes((phantoms / "images" / name).read_bytes())
+        (images / "broken.png").write_bytes(b"")
+        (images / "text.jpg").write_text("no picture")
+        result = hspsam("segment", images, tmp_path / "masks", "--model", run, code=1)
+        assert "2 of 4 files failed" in result.stderr
+        assert "broken" in result.stderr and "text" in result.stderr
+        assert len(list((tmp_path / "masks").glob("phantom_*.png"))) == 2
+
+    def test_unknown_device(self, phantoms: Path, run: Path, tmp_path: Path):
+        result = hspsam("segment", phantoms / "images", tmp_path, "--model", run, "--device", "gpu", code=2)
+        assert "expected cpu" in result.stderr
+
+
+class TestScore:
+    @pytest.fixture
+    def folders(self, tmp_path: Path) -> tuple[Path, Path]:
+        """Three cases: half right (Dice 2/3), right, missed."""
+        truth = np.zeros((8, 8), np.uint8)
+        truth[:4] = 1
+        for folder, masks in {
+            "pred": [truth * (np.arange(8) < 4), truth, truth * 0],
+            "true": [truth, truth, truth],
+        }.items():
+            (tmp_path / folder).mkdir()
+            for name, mask in zip("abc", masks, strict=True):
+                Image.fromarray(mask.astype(np.uint8) * 255).save(tmp_path / folder / f"{name}.png")
+        return tmp_path / "pred", tmp_path / "true"
+
+    def test_values(self, folders: tuple[Path, Path], tmp_path: Path):
+        result = hspsam("score", *folders, "--surface", "--csv", tmp_path / "s.csv")
+        assert all(word in result.stdout for word in ("0.6667", "1.0000", "0.5556", "HD95", "NSD"))
+        with (tmp_path / "s.csv").open() as file:
+            dice = {row["case"]: float(row["mean_dice"]) for row in csv.DictReader(file)}
+        assert dice == pytest.approx({"a": 2 / 3, "b": 1.0, "c": 0.0}, abs=1e-6)
+
+    def test_missing_prediction(self, folders: tuple[Path, Path]):
+        (folders[0] / "c.png").unlink()
+        assert "no prediction" in hspsam("score", *folders, code=1).stderr
+        assert "0.8333" in hspsam("score", *folders, "--partial").stdout
+
+
+class TestHelpers:
+    def test_doctor(self):
+        result = hspsam("doctor")
+        assert "Everything essential works" in result.stdout
+        assert all(word in result.stdout for word in ("torch", "precision", "memory", "bundle"))
+
+    def test_doctor_without_bundle(self, monkeypatch: pytest.MonkeyPatch):
+        def missing():
+            raise ConfigError("The bundle was not found. Set HSPSAM_BUNDLE.")
+
+        monkeypatch.setattr("hspsam_monai.bundle_path.bundle_root", missing)
+        result = hspsam("doctor", code=1)
+        assert "HSPSAM_BUNDLE" in result.stdout and "Broken: bundle" in result.stdout
+
+    def test_weights(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.setenv("HSPSAM_WEIGHTS", str(tmp_path))
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        assert "mobile_sam" in hspsam("weights", "list").stdout
+        assert "No known weights" in hspsam("weights", "verify", code=1).stderr
+        (tmp_path / "mobile_sam.pt").write_bytes(b"not the official file")
+        assert "sha256" in hspsam("weights", "verify", code=1).stderr
+        assert "catalogue" in hspsam("weights", "fetch", "no_such", code=1).stderr
+
+    @pytest.mark.data
+    def test_weights_verify(self, shared: Path, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.setenv("HSPSAM_WEIGHTS", str(shared / "weights"))
+        assert "verified" in hspsam("weights", "verify", "mobile_sam").stdout
+
+
+class TestDemo:
+    @pytest.mark.slow
+    def test_demo_runs_twice(self, tmp_path: Path):
+        for _ in range(2):  # the second replaces the first
+            result = hspsam("demo", "--output", tmp_path / "demo", "--count", 10, "--epochs", 1)
+            assert "Mean Dice on unseen images" in result.stdout
+        assert (tmp_path / "demo" / "after" / "gallery.png").is_file()
+
+    def test_demo_removes_nothing_of_others(self, tmp_path: Path):
+        (tmp_path / "data").mkdir()
+        assert "no earlier demo" in hspsam("demo", "--output", tmp_path, code=1).stderr
+        assert (tmp_path / "data").is_dir()
