@@ -150,6 +150,8 @@ class LearningCurve:
         metric: column of the validation's key metric.
     """
 
+    main_process_only = True
+
     def __init__(self, folder: str | Path, metric: str = "val_mean_dice") -> None:
         self.folder, self.metric = Path(folder), metric
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import cycle, islice
 from typing import Any
 
@@ -43,7 +44,22 @@ class SeededDataset(Dataset):
         if hasattr(self.transform, "set_random_state"):
             sequence = np.random.SeedSequence((self.seed, self.epoch, index))
             self.transform.set_random_state(seed=int(sequence.generate_state(1)[0]))
-        return super()._transform(index)
+        with _one_thread():
+            return super()._transform(index)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Compute on one thread, as loader workers do: the last bits of a resized picture depend on the number."""
+    threads = torch.get_num_threads()
+    if threads == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 class SeededSampler(Sampler[int]):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 
 from hspsam_monai.encoders.weights import KeyReport, load_encoder, load_network, locate, read_state
 from hspsam_monai.errors import WeightsError
@@ -33,8 +33,9 @@ def load_pretrained(network: nn.Module, source: str | Path | None) -> KeyReport 
         return None
     path = locate(source)
     state = read_state(path)
-    if any(key.startswith(("decoder.", "head.")) for key in state):
-        report = load_network(network, path)
+    # Every network keeps its encoder under this name; SAM's files keep theirs under "image_encoder." or at the top.
+    if any(key.startswith("encoder.") for key in state):
+        report = _load_whole(network, path, state)
         logger.info("Loaded %s: %s.", path.name, report.summary())
         return report
     report = load_encoder(network.encoder, source)
@@ -55,6 +56,13 @@ def load_checkpoint(network: nn.Module, path: str | Path) -> KeyReport:
             f"No model at {path}; expected the model.pt of a training run or of the bundle. Name it with model=PATH "
             "(hspsam segment --model)."
         )
-    report = load_network(network, path)
+    report = _load_whole(network, path, read_state(path) if hasattr(network, "fit_state") else {})
     logger.info("Loaded %s: %s.", path, report.summary())
     return report
+
+
+def _load_whole(network: nn.Module, path: Path, state: dict[str, Tensor]) -> KeyReport:
+    """Load every key; networks with parts of variable size (a stored context) make room for the file's first."""
+    if hasattr(network, "fit_state"):
+        network.fit_state(state)
+    return load_network(network, path)

@@ -2,7 +2,8 @@
 
 from hspsam_monai.training.checkpoints import Checkpointer
 from hspsam_monai.training.distillation import SelfDistillation
-from hspsam_monai.training.handlers import Attach, EpochSeeds, FiniteGuard, Progress, log_file
+from hspsam_monai.training.episodes import EpisodeDataset, SetContext, episode_batch
+from hspsam_monai.training.handlers import Attach, EpochSeeds, FiniteGuard, Progress, log_file, of_this_process
 from hspsam_monai.training.losses import DiceCE
 from hspsam_monai.training.record import environment, write_record
 from hspsam_monai.training.schedule import parameter_groups, warmup_poly
@@ -11,12 +12,16 @@ __all__ = [
     "Attach",
     "Checkpointer",
     "DiceCE",
+    "EpisodeDataset",
     "EpochSeeds",
     "FiniteGuard",
     "Progress",
     "SelfDistillation",
+    "SetContext",
     "environment",
+    "episode_batch",
     "log_file",
+    "of_this_process",
     "parameter_groups",
     "warmup_poly",
     "write_record",

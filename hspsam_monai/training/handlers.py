@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from ignite.engine import Engine, Events
 from monai.engines.utils import IterationEvents
+from monai.handlers import TensorBoardHandler
 from torch import nn
 
 from hspsam_monai.errors import TrainingError
@@ -56,6 +57,17 @@ class Attach:
     def attach(self, engine: Engine) -> None:
         """Attach the object itself."""
         self.handler.attach(engine)
+
+
+def of_this_process(handlers: list[Any], rank: int) -> list[Any]:
+    """The handlers that process ``rank`` of a distributed run attaches: all on 0, elsewhere those that write nothing.
+
+    Chosen by kind and not by position, since overlays append handlers and servers insert them at the front. A handler
+    of our own that only process 0 may run says so with ``main_process_only = True``.
+    """
+    if rank == 0:
+        return handlers
+    return [h for h in handlers if not (isinstance(h, TensorBoardHandler) or getattr(h, "main_process_only", False))]
 
 
 class FiniteGuard:
@@ -117,6 +129,8 @@ class Progress:
         what: name of the work, such as ``Training`` or ``Segmenting``.
         total: iterations an epoch, where the loader does not know its length.
     """
+
+    main_process_only = True
 
     def __init__(self, every: float = 30.0, what: str = "Training", total: int | None = None) -> None:
         self.every, self.what, self.total = every, what, total

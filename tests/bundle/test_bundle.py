@@ -14,7 +14,7 @@ from monai.bundle import ConfigParser, ConfigWorkflow, verify_metadata, verify_n
 from hspsam_monai.data import find_cases, read_mask, write_phantoms
 
 TASKS = ("polyp", "skin", "breast_ultrasound", "retinal_vessels")
-NETWORKS = ("hsp_sam", "hsp_sam_mobile", "conv_pyramid")
+NETWORKS = ("hsp_sam", "hsp_sam_mobile", "conv_pyramid", "sam_sp")
 
 
 def configs(bundle: Path, *names: str) -> list[str]:

@@ -56,6 +56,27 @@ def test_workers_do_not_matter(cases, workers):
     assert torch.equal(found, expected)
 
 
+@pytest.fixture
+def threads():
+    """Sets the number of threads; puts it back afterwards."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def test_threads_do_not_matter(threads):
+    """Workers have one thread each and the main process several, which shows in the last bits of larger images."""
+    generator = torch.Generator().manual_seed(0)
+    many = [{"image": torch.rand(3, 96, 96, generator=generator), "label": torch.ones(1, 96, 96)} for _ in range(8)]
+    drawn = []
+    for count in (1, 2, 3):
+        threads(count)
+        made = dataset(many)
+        drawn.append(images([made[i] for i in range(8)]))
+        assert torch.get_num_threads() == count
+    assert torch.equal(drawn[0], drawn[1]) and torch.equal(drawn[0], drawn[2])
+
+
 def test_seed_epoch_and_index_all_matter(cases):
     same = [dict(cases[0]) for _ in range(2)]
     base = images([dataset(same)[0]])

@@ -41,9 +41,11 @@ class Run:
         """A resolved part of the configuration."""
         return self.workflow.parser.get_parsed_content(name)
 
-    def start(self, stop_at: int | None = None, at_iteration=None) -> "Run":
-        """Run to the end, or until a crash after iteration ``stop_at``."""
+    def start(self, stop_at: int | None = None, at_iteration=None, before=None) -> "Run":
+        """Run to the end, or until a crash after iteration ``stop_at``; ``before`` sees the run ready to start."""
         self.workflow.initialize()
+        if before is not None:
+            before(self)
         trainer = self.get("train::trainer")
         trainer.add_event_handler(
             Events.ITERATION_COMPLETED, lambda engine: self.losses.append(float(engine.state.output[0]["loss"]))

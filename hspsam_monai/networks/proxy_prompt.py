@@ -1,0 +1,603 @@
+"""Proxy Prompt: a few images with masks prompt a frozen SAM (arXiv 2502.03501).
+
+    F_x, F_sup = encoder(image), encoder(supports)                    frozen
+    supports' masks + images, F_sup -> CSM -> values that know the mask -> E_ctx, what they say of each target cell
+    F_x, E_ctx -> CCM -> proxy tokens (N objects x hw/16 x 256) -> SAM's mask decoder, in place of a click      frozen
+
+Only CSM and CCM learn. What depends on the supports alone is computed once (:meth:`ProxyPrompt.set_context`) and kept
+in the state dict; another task is another context, not another training.
+
+Where the paper is silent the choices are ours (P: drawn in the paper's figure): bidirectional scan over row-major
+tokens; bridge 1x1 conv, LN, GELU, 3x3 conv; the map (P) is a softmax over the top k support cells of
+-|k_s - k_x|^2 / sqrt(C) on features scaled to length sqrt(C), times one learned sharpness, since frozen features of
+other lengths make it flat or hard; four blocks (P), each halving the tokens by a learned weighting of neighbours (P:
+16 in all); SAM's position encoding is added to both streams; attention half as wide as the tokens, as in SAM's decoder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hspsam_monai.encoders import build_encoder
+from hspsam_monai.encoders.weights import read_state, write_state
+from hspsam_monai.errors import ConfigError, DataError, WeightsError
+from hspsam_monai.networks.layers import LayerNorm2d, mlp, resize
+from hspsam_monai.networks.sam_decoder import WIDTH, SAMDecoder
+from hspsam_monai.networks.selective_scan import VisionMambaBlock
+from hspsam_monai.transforms import fit_image
+
+#: Colorization blocks (paper); each halves the tokens.
+BLOCKS = 4
+
+#: A target whose :meth:`ProxyPrompt.similarity` is below this is at least twice as far from the supports as they
+#: are from each other: warn.
+FAR = 0.5
+
+#: Names of the buffers that are the context.
+CONTEXT = ("context_keys", "context_values", "context_reference", "context_print")
+
+_CALIBRATORS = 16  # supports that stand in as targets when the reference distance is measured
+_LEAST_DISTANCE = 0.02  # copies among the supports must not make every other image look far
+
+
+class Context(NamedTuple):
+    """What the supports say, for each of B images (or 1 for all): M = K h w cells.
+
+    ``keys`` (B | 1, M, C) unit vectors; ``values`` (B | 1, M, N C) for N objects.
+    """
+
+    keys: Tensor
+    values: Tensor
+
+
+def unit_cells(features: Tensor) -> Tensor:
+    """Features (B, C, h, w) -> cells (B, h w, C) of length 1, float32."""
+    return F.normalize(features.float().flatten(2).transpose(1, 2), dim=-1)
+
+
+def selective_map(
+    queries: Tensor,
+    keys: Tensor,
+    top_k: int,
+    sharpness: Tensor | float = 1.0,
+    valid: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """CSM's selective map: which support cells speak for each target cell, and how loudly.
+
+    Softmax over the ``top_k`` nearest cells of -sharpness |k_s - k_x|^2 / sqrt(C) with features of length sqrt(C),
+    which is 2 sqrt(C) (cos - 1).
+
+    Args:
+        queries: (B, Q, C) unit cells of the targets.
+        keys: (B | 1, M, C) unit cells of the supports; no gradient reaches either (the encoder is frozen).
+        top_k: k cells kept; all where M is smaller.
+        sharpness: learned factor.
+        valid: (B | 1, M) bool, which support cells may speak; ``None`` for all. At least one must be.
+
+    Returns:
+        Weights (B, Q, k) that sum to 1 and indices (B, Q, k) into M.
+
+    Cost: O(B Q M C).
+    """
+    with torch.no_grad(), torch.autocast(queries.device.type, enabled=False):
+        cosine = queries.detach() @ keys.detach().transpose(1, 2)
+        if valid is not None:
+            cosine = cosine.masked_fill(~valid[:, None], -math.inf)
+        best, index = cosine.topk(min(top_k, keys.shape[1]), dim=-1)
+    return (sharpness * 2 * math.sqrt(queries.shape[-1]) * (best - 1)).softmax(-1), index
+
+
+def read_values(values: Tensor, weights: Tensor, index: Tensor) -> Tensor:
+    """E_ctx: the weighted sum of the chosen cells' values, without building the map or the gathered values.
+
+    Args:
+        values: (B | 1, M, V).
+        weights: (B, Q, k) float32.
+        index: (B, Q, k) into M.
+
+    Returns:
+        (B, Q, V) float32.
+    """
+    batch, queries, _ = index.shape
+    if len(values) > 1:
+        index = index + torch.arange(batch, device=index.device)[:, None, None] * values.shape[1]
+    bags = F.embedding_bag(
+        index.flatten(0, 1), values.float().flatten(0, 1), per_sample_weights=weights.flatten(0, 1), mode="sum"
+    )
+    return bags.unflatten(0, (batch, queries))
+
+
+class ContextualSelectiveModule(nn.Module):
+    """CSM: supports -> values that know the mask -> what they say of each target cell.
+
+    Args:
+        width: C of the encoder's embedding.
+        value_width: C^v of the Vision Mamba encoder.
+        stride: pixels per cell of the embedding, which is the patch of the Vision Mamba encoder.
+        depth: Vision Mamba blocks.
+        state: size of their state.
+        top_k: support cells kept for each target cell.
+    """
+
+    def __init__(
+        self,
+        width: int = WIDTH,
+        value_width: int = 192,
+        stride: int = 16,
+        depth: int = 2,
+        state: int = 8,
+        top_k: int = 32,
+    ) -> None:
+        super().__init__()
+        self.top_k = top_k
+        self.patch = nn.Conv2d(4, value_width, stride, stride)
+        self.blocks = nn.Sequential(*(VisionMambaBlock(value_width, state) for _ in range(depth)))
+        self.norm = nn.LayerNorm(value_width)
+        hidden = width // 2
+        self.bridge = nn.Sequential(
+            nn.Conv2d(value_width + width, hidden, 1),
+            LayerNorm2d(hidden),
+            nn.GELU(),
+            nn.Conv2d(hidden, width, 3, padding=1),
+        )
+        self.log_sharpness = nn.Parameter(torch.zeros(()))
+
+    def encode(self, images: Tensor, masks: Tensor) -> Tensor:
+        """CSM 1, images (S, 3, H, W) in [0, 1] and masks of one object each (S, H, W) in {0, 1} -> V (S, C^v, h, w)."""
+        x = self.patch(torch.cat([images, masks[:, None].to(images.dtype)], dim=1) * 2 - 1)
+        tokens = self.norm(self.blocks(x.flatten(2).transpose(1, 2)))
+        return tokens.transpose(1, 2).unflatten(2, tuple(x.shape[-2:]))
+
+    def aggregate(self, images: Tensor, masks: Tensor, features: Tensor) -> Tensor:
+        """CSM 1 and 2: the values of S supports for N objects.
+
+        Args:
+            images: (S, 3, H, W) in [0, 1].
+            masks: (S, N, H, W) in {0, 1}, one an object.
+            features: (S, C, h, w) frozen.
+
+        Returns:
+            A_agg (S, N, C, h, w).
+        """
+        supports, objects = masks.shape[:2]
+        repeated = images[:, None].expand(-1, objects, -1, -1, -1).flatten(0, 1)
+        v = self.encode(repeated, masks.flatten(0, 1))
+        features = features[:, None].expand(-1, objects, -1, -1, -1).flatten(0, 1)
+        return self.bridge(torch.cat([v, features.to(v.dtype)], dim=1)).unflatten(0, (supports, objects))
+
+    def forward(self, features: Tensor, context: Context, valid: Tensor | None = None) -> Tensor:
+        """CSM 3, target features (B, C, h, w) -> E_ctx (B, N, C, h, w), float32; ``valid`` as in the map."""
+        weights, index = selective_map(
+            unit_cells(features), context.keys, self.top_k, self.log_sharpness.float().exp(), valid
+        )
+        read = read_values(context.values, weights, index)  # (B, h w, N C)
+        width, grid = features.shape[1], tuple(features.shape[-2:])
+        return read.unflatten(2, (-1, width)).permute(0, 2, 3, 1).unflatten(3, grid)
+
+
+class TokenMerge(nn.Module):
+    """Strided merging: two neighbours along one axis, each channel in its own proportion, then a projection.
+
+    An odd last row or column is paired with itself.
+    """
+
+    def __init__(self, width: int, axis: int) -> None:
+        super().__init__()
+        self.axis = axis
+        self.share = nn.Parameter(torch.full((2, width), 0.5))
+        self.project = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, h, w, C) to half of h (axis 1) or w (axis 2), rounded up."""
+        if x.shape[self.axis] % 2:
+            x = torch.cat([x, x.narrow(self.axis, x.shape[self.axis] - 1, 1)], dim=self.axis)
+        first, second = x.unflatten(self.axis, (-1, 2)).unbind(self.axis + 1)
+        return self.project(first * self.share[0] + second * self.share[1])
+
+
+class CrossAttention(nn.Module):
+    """x + attention of LN(x) to LN(other), then x + FFN(LN(x)): one half of a colorization block."""
+
+    def __init__(self, width: int, heads: int, ffn_width: int) -> None:
+        super().__init__()
+        inner = width // 2
+        self.heads = heads
+        self.norm_x, self.norm_other, self.norm_ffn = (nn.LayerNorm(width) for _ in range(3))
+        # A bias of the keys would add the same to all scores of a query: softmax does not see it.
+        self.q, self.v, self.k = nn.Linear(width, inner), nn.Linear(width, inner), nn.Linear(width, inner, bias=False)
+        self.out = nn.Linear(inner, width)
+        self.ffn = mlp([width, ffn_width, width], nn.GELU)
+
+    def forward(self, x: Tensor, other: Tensor) -> Tensor:
+        """Tokens x (B, T, C) attend to others (B, T', C)."""
+        other = self.norm_other(other)
+        q, k, v = (
+            layer(t).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for layer, t in ((self.q, self.norm_x(x)), (self.k, other), (self.v, other))
+        )
+        x = x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return x + self.ffn(self.norm_ffn(x))
+
+
+class ColorizationBlock(nn.Module):
+    """Dual-reverse cross-attention: x attends to e, then e to the updated x; both residuals start at the projection."""
+
+    def __init__(self, width: int, heads: int, ffn_width: int, axis: int) -> None:
+        super().__init__()
+        self.merge_x, self.merge_e = TokenMerge(width, axis), TokenMerge(width, axis)
+        self.x_to_e, self.e_to_x = CrossAttention(width, heads, ffn_width), CrossAttention(width, heads, ffn_width)
+
+    def forward(self, x: Tensor, e: Tensor) -> tuple[Tensor, Tensor]:
+        """Both (B, h, w, C) with half of one axis afterwards."""
+        x, e = self.merge_x(x), self.merge_e(e)
+        grid = tuple(x.shape[1:3])
+        x, e = x.flatten(1, 2), e.flatten(1, 2)
+        x = self.x_to_e(x, e)
+        e = self.e_to_x(e, x)
+        return x.unflatten(1, grid), e.unflatten(1, grid)
+
+
+class ContextualColorizationModule(nn.Module):
+    """CCM: target features coloured by the context -> proxy tokens.
+
+    Args:
+        width: C.
+        heads: of each attention.
+        ffn_width: inside the feed-forward layers.
+    """
+
+    def __init__(self, width: int = WIDTH, heads: int = 8, ffn_width: int = 256) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(ColorizationBlock(width, heads, ffn_width, 2 - i % 2) for i in range(BLOCKS))
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, features: Tensor, context: Tensor, position: Tensor) -> Tensor:
+        """Make the prompt.
+
+        Args:
+            features: F_x (B, C, h, w).
+            context: E_ctx (B, N, C, h, w).
+            position: (C, h, w), SAM's encoding of each cell.
+
+        Returns:
+            (B N, ceil(h/4) ceil(w/4), C).
+        """
+        objects = context.shape[1]
+        x = (features + position)[:, None].expand(-1, objects, -1, -1, -1).flatten(0, 1).permute(0, 2, 3, 1)
+        e = (context.to(features.dtype) + position).flatten(0, 1).permute(0, 2, 3, 1)
+        for block in self.blocks:
+            x, e = block(x, e)
+        return self.norm(e.flatten(1, 2))
+
+
+class ProxyPrompt(nn.Module):
+    """A frozen SAM prompted by examples.
+
+    Args:
+        encoder: name of the image encoder.
+        image_size: side of the square to which supports are brought, and nominal side of the input.
+        num_classes: K, background first; the N = K - 1 others are segmented at once, each as one object.
+        value_width: C^v of the support encoder.
+        mamba_depth: its Vision Mamba blocks.
+        mamba_state: numbers their scan remembers per channel.
+        top_k: support cells that speak for each target cell.
+        heads: of the cross-attentions.
+        ffn_width: inside their feed-forward layers (1024 would be usual; 256 keeps inference
+            near the encoder's own cost and a shipped model small).
+        dropout: probability of dropping channels of the context, in train mode only.
+
+    Raises:
+        ConfigError: an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        encoder: str = "mobile_sam",
+        image_size: int = 512,
+        num_classes: int = 2,
+        value_width: int = 192,
+        mamba_depth: int = 2,
+        mamba_state: int = 8,
+        top_k: int = 32,
+        heads: int = 8,
+        ffn_width: int = 256,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if num_classes < 2:
+            raise ConfigError(f"num_classes is {num_classes}; expected background and at least one class, so 2.")
+        if not 0.0 <= dropout < 1.0:
+            raise ConfigError(f"dropout is {dropout}; expected a probability in [0, 1).")
+        for name, value in (("value_width", value_width), ("mamba_depth", mamba_depth), ("mamba_state", mamba_state),
+                            ("top_k", top_k), ("heads", heads), ("ffn_width", ffn_width)):  # fmt: skip
+            if value < 1:
+                raise ConfigError(f"{name} is {value}; expected 1 or more.")
+        if WIDTH // 2 % heads:
+            raise ConfigError(f"heads is {heads}; expected a divisor of {WIDTH // 2}, the width of the attention.")
+        self.encoder = build_encoder(encoder, image_size=image_size)
+        stride = self.encoder.levels[-1].stride
+        self.sam = SAMDecoder(stride=stride)
+        for part in (self.encoder, self.sam):
+            part.requires_grad_(False)
+        self.csm = ContextualSelectiveModule(WIDTH, value_width, stride, mamba_depth, mamba_state, top_k)
+        self.ccm = ContextualColorizationModule(WIDTH, heads, ffn_width)
+        self.encoder_name, self.image_size, self.num_classes, self.dropout = encoder, image_size, num_classes, dropout
+        self._checked: tuple | None = None
+        # Empty, not absent: a moving average pairs its buffers with the network's by their order.
+        for name, value in self._no_context().items():
+            self.register_buffer(name, value)
+
+    def forward(
+        self, image: Tensor, support_images: Tensor | None = None, support_masks: Tensor | None = None
+    ) -> Tensor:
+        """Segment a batch by its own supports, or by the stored context.
+
+        Args:
+            image: (B, 3, H, W) in [0, 1], H and W multiples of 32.
+            support_images: (B, K, 3, H', W') in [0, 1], any K >= 1 and any size; ``None`` for the stored context.
+            support_masks: (B, K, H', W') class indices. Their values are trusted here (``set_context`` checks them).
+
+        Returns:
+            Logits (B, K_classes, H, W), float32; background is 0.
+
+        Raises:
+            ConfigError: no supports and no context, shapes that disagree, or a context of other weights.
+        """
+        if (support_images is None) != (support_masks is None):
+            raise ConfigError("Support images need support masks, and masks need images: pass both or neither.")
+        context = self._stored() if support_images is None else self._read(support_images, support_masks)
+        if len(context.keys) not in (1, len(image)):
+            raise ConfigError(f"Supports are given for {len(context.keys)} images, and {len(image)} images to segment.")
+        features = self._embed(image)
+        size = tuple(image.shape[-2:])
+        e = self.csm(features, context)
+        if self.dropout and self.training:
+            e = F.dropout2d(e.flatten(0, 1), self.dropout).unflatten(0, e.shape[:2])
+        position = self.sam.prompt_encoder.pe_layer(tuple(features.shape[-2:])).to(features.dtype)
+        tokens = self.ccm(features, e, position)
+        no_mask = self.sam.prompt_encoder.no_mask_embed.weight.view(1, WIDTH, 1, 1)
+        masks = self.sam.decode(features, tokens, None, no_mask, self.num_classes - 1)[0][:, :, 0]
+        masks = resize(masks.float(), size)
+        return torch.cat([torch.zeros_like(masks[:, :1]), masks], dim=1)
+
+    def _embed(self, image: Tensor) -> Tensor:
+        """F (B, C, h, w), frozen."""
+        with torch.no_grad():
+            return self.encoder(image).embedding
+
+    def _read(self, images: Tensor, masks: Tensor) -> Context:
+        """Supports (B, K, 3, H, W) with masks (B, K, H, W) -> their context."""
+        if images.ndim != 5 or images.shape[2] != 3 or masks.shape != images[:, :, 0].shape or not images.shape[1]:
+            raise ConfigError(
+                f"Support images have shape {tuple(images.shape)} and masks {tuple(masks.shape)}; expected "
+                "(B, K, 3, H, W) and (B, K, H, W) with K of at least 1. Repeat a grey image over three channels."
+            )
+        batch, size = images.shape[0], (self.image_size, self.image_size)
+        images = fit_image(images.flatten(0, 1), self.image_size)
+        classes = torch.arange(1, self.num_classes, device=masks.device)
+        objects = (masks.flatten(0, 1)[:, None].round() == classes[:, None, None]).to(images.dtype)
+        if tuple(objects.shape[-2:]) != size:
+            objects = F.interpolate(objects, size, mode="nearest-exact")
+        features = self._embed(images)
+        values = self.csm.aggregate(images, objects, features).unflatten(0, (batch, -1))  # (B, K, N, C, h, w)
+        values = values.permute(0, 1, 4, 5, 2, 3).flatten(4).flatten(1, 3)
+        keys = unit_cells(features).unflatten(0, (batch, -1)).flatten(1, 2)
+        return Context(keys, values.float())
+
+    # -- the stored context
+
+    @torch.no_grad()
+    def set_context(
+        self,
+        images: Tensor | Sequence[Tensor],
+        masks: Tensor | Sequence[Tensor],
+        max_cells: int | None = 4096,
+    ) -> None:
+        """Compute the context of K supports and keep it; it is saved with the network.
+
+        Args:
+            images: K images (3, H, W) in [0, 1]; each may have its own size, all are brought to ``image_size``.
+            masks: K masks (H, W) or (1, H, W) of class indices, each of its image's size.
+            max_cells: keep at most so many support cells, drawn evenly from all (fixed seed), so that a target costs
+                the same however many supports there are; 4096 are all of four supports at 512 pixels. ``None``
+                keeps all.
+
+        Raises:
+            ConfigError: no support, numbers or shapes that disagree, a grey image.
+            DataError: values out of range, a mask without any object, a class that no support shows.
+
+        Cost: K times encoder and support encoder, one after another; then min(K, 16) K (h w)^2 C for the reference.
+        """
+        supports = self._check_supports(images, masks)
+        parts = [self._read(image[None, None], mask[None, None]) for image, mask in supports]
+        keys = torch.cat([part.keys for part in parts])  # (K, h w, C)
+        if len(supports) > 1:
+            distances = [
+                _distance(keys[i], torch.cat([keys[:i], keys[i + 1 :]]).flatten(0, 1))
+                for i in range(len(keys))[:_CALIBRATORS]
+            ]
+        else:  # nothing to leave out: its mirror image is the nearest other picture there is
+            mirror = fit_image(supports[0][0][None], self.image_size).flip(-1)
+            distances = [_distance(unit_cells(self._embed(mirror))[0], keys[0])]
+        keep = torch.arange(keys[..., 0].numel())
+        if max_cells is not None and len(keep) > max_cells:
+            keep = torch.randperm(len(keep), generator=torch.Generator().manual_seed(0))[:max_cells].sort().values
+        keep = keep.to(keys.device)
+        self.context_keys = keys.flatten(0, 1)[keep]
+        self.context_values = torch.cat([part.values[0] for part in parts])[keep]
+        self.context_reference = torch.stack(distances).median()[None].clamp_min(_LEAST_DISTANCE)
+        self.context_print = self.fingerprint().to(keys.device)
+        self._checked = self._versions()
+
+    def clear_context(self) -> None:
+        """Forget the stored context."""
+        for name, value in self._no_context().items():
+            setattr(self, name, value.to(self.csm.patch.weight.device))
+
+    @torch.no_grad()
+    def similarity(self, image: Tensor) -> Tensor:
+        """How close each target is to the stored supports.
+
+        The distance of an image to the supports is 1 - the mean over its cells of the best cosine similarity of a
+        support's cell. The answer is the supports' own leave-one-out distance (median, stored with the context)
+        divided by the target's: 1 is as close as the supports are to each other, 0.5 twice as far. Below
+        :data:`FAR` the supports say little about the image and the user should be warned.
+
+        Args:
+            image: (B, 3, H, W) in [0, 1], H and W multiples of 32.
+
+        Returns:
+            (B,) in (0, 1].
+        """
+        context = self._stored()
+        distances = [_distance(cells, context.keys[0]) for cells in unit_cells(self._embed(image))]
+        return (self.context_reference / torch.stack(distances).clamp_min(1e-6)).clamp_max(1)
+
+    def save_context(self, path: str | Path) -> Path:
+        """Write the context alone (``.pt`` or ``.safetensors``), to switch tasks without another model file."""
+        self._stored()
+        return write_state(path, {name: getattr(self, name) for name in CONTEXT})
+
+    def load_context(self, path: str | Path) -> None:
+        """Take a context that this very network made.
+
+        Raises:
+            WeightsError: unreadable, not a context, of another number of classes, or made by other weights; the
+                context is then as it was.
+        """
+        state = read_state(path)
+        missing = [name for name in CONTEXT if name not in state or not state[name].numel()]
+        if missing:
+            raise WeightsError(f"{path} lacks {', '.join(missing)}; expected a file that save_context wrote.")
+        before = {name: getattr(self, name) for name in CONTEXT}
+        try:
+            self.fit_state(state)
+            for name in CONTEXT:
+                getattr(self, name).copy_(state[name])
+            self._check_print(WeightsError, str(path))
+        except WeightsError:
+            for name, value in before.items():
+                setattr(self, name, value)
+            raise
+
+    def fit_state(self, state: dict[str, Tensor], prefix: str = "") -> None:
+        """Make room for the context that ``state`` holds, or forget the own where it holds none.
+
+        Its size depends on the supports; called before a state is matched with the network.
+        """
+        device = self.csm.patch.weight.device
+        values = state.get(prefix + "context_values")
+        if values is not None and values.shape[-1] != (self.num_classes - 1) * WIDTH:
+            raise WeightsError(
+                f"The context is for {values.shape[-1] // WIDTH} objects; this network segments {self.num_classes - 1}."
+            )
+        for name, empty in self._no_context().items():
+            shape = state.get(prefix + name, empty).shape
+            setattr(self, name, torch.zeros(shape, dtype=empty.dtype, device=device))
+        self._checked = None
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *rest: Any) -> None:
+        self.fit_state(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+    def _no_context(self) -> dict[str, Tensor]:
+        """Every buffer of the context with no support in it."""
+        cells = (torch.zeros(0, WIDTH), torch.zeros(0, (self.num_classes - 1) * WIDTH))
+        return dict(zip(CONTEXT, (*cells, torch.zeros(0), torch.zeros(0, dtype=torch.uint8)), strict=True))
+
+    def _stored(self) -> Context:
+        if not len(self.context_keys):
+            raise ConfigError(
+                "ProxyPrompt has no context: call set_context(images, masks) once (hspsam segment --support DIR), or "
+                "pass support_images and support_masks with the image."
+            )
+        if not torch.compiler.is_compiling() and self._checked != self._versions():
+            self._check_print(ConfigError, "The stored context")
+            self._checked = self._versions()
+        return Context(self.context_keys[None], self.context_values[None])
+
+    def _check_print(self, error: type[Exception], what: str) -> None:
+        if not torch.equal(self.context_print.cpu(), self.fingerprint()):
+            raise error(
+                f"{what} was made by other weights (encoder {self.encoder_name!r} at {self.image_size} pixels was "
+                "expected, with this network's generator): make it again with set_context(images, masks)."
+            )
+
+    def _printed(self) -> list[Tensor]:
+        """Tensors that tell whether a context fits: three of the encoder's, all of CSM's."""
+        encoder = list(self.encoder.parameters())
+        return [encoder[0], encoder[len(encoder) // 2], encoder[-1], *self.csm.parameters()]
+
+    def fingerprint(self) -> Tensor:
+        """Sha256 (32,) uint8 of what a context depends on, on the CPU.
+
+        Values are rounded to float16 first, so that a model stored in half precision keeps its contexts.
+        """
+        digest = hashlib.sha256(f"{self.encoder_name} {self.image_size}".encode())
+        for tensor in self._printed():
+            digest.update(tensor.detach().cpu().half().contiguous().numpy().tobytes())
+        return torch.frombuffer(bytearray(digest.digest()), dtype=torch.uint8)
+
+    def _versions(self) -> tuple:
+        """Changes whenever one of the printed tensors is written to, in any way, at no cost."""
+        return tuple((t.data_ptr(), t._version) for t in self._printed())
+
+    def _check_supports(
+        self, images: Tensor | Sequence[Tensor], masks: Tensor | Sequence[Tensor]
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Pairs (3, H, W), (H, W) on the network's device; every fault is named with its support's number."""
+        if not len(images) or len(images) != len(masks):
+            raise ConfigError(f"{len(images)} support images and {len(masks)} masks given; expected K >= 1 of each.")
+        weight = self.csm.patch.weight
+        pairs, seen = [], set()
+        for number, (given, labels) in enumerate(zip(images, masks, strict=True), start=1):
+            image, mask = given.to(weight.device, weight.dtype), labels.to(weight.device)
+            mask = mask[0] if mask.ndim == 3 and len(mask) == 1 else mask
+            if image.ndim != 3 or len(image) != 3 or mask.shape != image.shape[1:]:
+                raise ConfigError(
+                    f"Support {number} has an image of shape {tuple(image.shape)} and a mask of {tuple(mask.shape)}; "
+                    "expected (3, H, W) and (H, W). Repeat a grey image over three channels."
+                )
+            if not (image.min() >= 0 and image.max() <= 1):  # also catches NaN
+                raise DataError(
+                    f"Support image {number} has values in [{image.min():g}, {image.max():g}]; expected [0, 1]. "
+                    "Divide 8-bit values by 255."
+                )
+            found = set(mask.unique().tolist())
+            unknown = sorted(found - set(range(self.num_classes)))
+            if unknown:
+                raise DataError(
+                    f"Support mask {number} has the values {unknown[:8]}; expected classes 0..{self.num_classes - 1}."
+                )
+            if not found - {0}:
+                raise DataError(
+                    f"Support mask {number} shows no object; expected at least one pixel of a class. Leave this "
+                    "support out, or correct its mask."
+                )
+            seen |= found
+            pairs.append((image, mask))
+        absent = sorted(set(range(1, self.num_classes)) - seen)
+        if absent:
+            raise DataError(f"No support shows class {absent[0]}; expected every class in at least one support.")
+        return pairs
+
+    @torch.no_grad()
+    def load_sam(self, state: dict[str, Tensor]) -> list[str]:
+        """Take prompt encoder and mask decoder from SAM's own state; returns the keys used."""
+        parts = {k: v for k, v in state.items() if k.startswith(("prompt_encoder.", "mask_decoder."))}
+        if parts:
+            self.sam.load_state_dict(parts)
+        return list(parts)
+
+
+def _distance(cells: Tensor, keys: Tensor) -> Tensor:
+    """1 - mean over cells (Q, C) of the best cosine similarity among keys (M, C); both unit vectors."""
+    return 1 - (cells @ keys.T).amax(1).mean()

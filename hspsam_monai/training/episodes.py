@@ -1,0 +1,211 @@
+"""Episodes for Proxy Prompt: every target comes with supports drawn from the other cases of its task."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from ignite.engine import Engine, Events
+from monai.transforms import apply_transform
+from torch import Tensor, nn
+
+from hspsam_monai.data import SeededDataset
+from hspsam_monai.data.cases import content_hash
+from hspsam_monai.errors import ConfigError, DataError
+
+#: Draws of one support before a mask without object is taken as it is: augmentation may crop an object away.
+_TRIES = 4
+
+
+class EpisodeDataset(SeededDataset):
+    """Targets with supports; all randomness is a function of (seed, epoch, index).
+
+    The target itself and byte-identical copies of it are never its support, nor are two supports of one target copies
+    of each other, as long as the task has enough different cases; where it has too few, supports are repeated. The
+    cases of a task are those whose ``task`` is equal or, without that key, those of one data folder
+    (``kvasir/a``: kvasir).
+
+    Args:
+        data: cases with ``image``, ``label`` and ``case``, all of one split.
+        transform: MONAI transform of a case: loads, brings to the network's size, augments.
+        seed: seed of the run.
+        supports: fewest and most supports K. Each item holds the most, so that batches stack, and says how many its
+            episode has; :func:`episode_batch` hands on as many as the batch's first item says.
+        support_transform: that of a support; ``None`` for ``transform``.
+
+    Items: ``image`` (3, H, W), ``label`` (1, H, W), ``support_images`` (K, 3, H, W), ``support_masks`` (K, H, W),
+    ``supports`` (int), ``case``, and the names ``support_cases`` as one text.
+
+    Raises:
+        ConfigError: ``supports`` is no range of positive numbers.
+        DataError: a task has no second different case.
+    """
+
+    def __init__(
+        self,
+        data: Sequence[dict],
+        transform: Callable | None = None,
+        seed: int = 0,
+        supports: tuple[int, int] | list[int] = (1, 2),
+        support_transform: Callable | None = None,
+    ) -> None:
+        super().__init__(data, transform, seed)
+        low, high = supports
+        if not 1 <= low <= high:
+            raise ConfigError(f"supports is {tuple(supports)}; expected fewest and most, at least 1.")
+        self.supports = (low, high)
+        self.support_transform = transform if support_transform is None else support_transform
+        self._contents = [_content(case["image"]) for case in self.data]
+        self._groups: dict[str, list[int]] = {}
+        for index, case in enumerate(self.data):
+            self._groups.setdefault(_task(case), []).append(index)
+        for task, group in self._groups.items():
+            if len({self._contents[i] for i in group}) < 2:
+                raise DataError(
+                    f"Case {self.data[group[0]]['case']} has no other image of its task ({task or 'the data set'}) to "
+                    "be its support; expected at least two different cases a task. Add cases, or leave the task out."
+                )
+
+    def candidates(self, index: int) -> list[int]:
+        """Which cases may be supports of case ``index``."""
+        name, content = self.data[index]["case"], self._contents[index]
+        group = self._groups[_task(self.data[index])]
+        return [i for i in group if self.data[i]["case"] != name and self._contents[i] != content]
+
+    def _transform(self, index: int) -> dict[str, Any]:
+        target = super()._transform(index)
+        rng = np.random.default_rng((self.seed, self.epoch, index, 1))
+        low, high = self.supports
+        count = int(rng.integers(low, high + 1))
+        order = self._different(rng.permutation(self.candidates(index)).tolist())
+        images, masks, names = [], [], []
+        for slot in range(high):
+            for attempt in range(_TRIES):
+                # Another try takes the next case that no slot has used, as far as there are any.
+                chosen = order[(slot + attempt * high) % len(order)]
+                item = self._support(chosen, rng)
+                if (item["label"] > 0).any():
+                    break
+            images.append(_plain(item["image"]))
+            masks.append(_plain(item["label"])[0])
+            names.append(str(self.data[chosen]["case"]))
+        return {
+            "image": _plain(target["image"]),
+            "label": _plain(target["label"]),
+            "support_images": torch.stack(images),
+            "support_masks": torch.stack(masks),
+            "supports": count,
+            "case": self.data[index]["case"],
+            "support_cases": "\n".join(names),
+        }
+
+    def _support(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
+        transform = self.support_transform
+        if hasattr(transform, "set_random_state"):
+            transform.set_random_state(seed=int(rng.integers(2**32)))
+        case = self.data[index]
+        return case if transform is None else apply_transform(transform, case)
+
+    def _different(self, order: list[int]) -> list[int]:
+        """The first case of each content, in order."""
+        seen: dict[str, int] = {}
+        for index in order:
+            seen.setdefault(self._contents[index], index)
+        return list(seen.values())
+
+
+def episode_batch(
+    batch: dict[str, Any], device: str | torch.device | None = None, non_blocking: bool = False, **options: Any
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor], dict]:
+    """``prepare_batch`` of MONAI's ``SupervisedTrainer``: image, label, and the supports as the network's arguments.
+
+    Args:
+        batch: items of :class:`EpisodeDataset`, stacked.
+        device: where the tensors go.
+        non_blocking: see ``Tensor.to``.
+        **options: further arguments of ``Tensor.to``.
+
+    Returns:
+        (B, 3, H, W), (B, 1, H, W), ((B, K, 3, H, W), (B, K, H, W)), {}; K is what the first item says.
+    """
+    count = int(batch["supports"][0])
+    image, label, images, masks = (
+        tensor.to(device, non_blocking=non_blocking, **options)
+        for tensor in (
+            batch["image"],
+            batch["label"],
+            batch["support_images"][:, :count],
+            batch["support_masks"][:, :count],
+        )
+    )
+    return image, label, (images, masks), {}
+
+
+class SetContext:
+    """Handler of the validation engine: before each validation, give the network the context it is validated with.
+
+    The supports are the same in every epoch. ``model.pt`` then holds the context beside the weights.
+
+    Args:
+        network: the network that is validated, with ``set_context``.
+        data: cases to draw the supports from; never the validation cases.
+        transform: loads one and brings it to tensors ``image`` (3, H, W) and ``label`` (1, H, W), without randomness.
+        supports: how many are drawn; all where there are fewer.
+        seed: of the draw.
+
+    Raises:
+        DataError: no case shows an object.
+    """
+
+    def __init__(
+        self, network: nn.Module, data: Sequence[dict], transform: Callable, supports: int = 16, seed: int = 0
+    ) -> None:
+        self.network, self.data, self.transform = network, list(data), transform
+        self.supports, self.seed = supports, seed
+        self._loaded: tuple[list[Tensor], list[Tensor]] | None = None
+
+    def attach(self, engine: Engine) -> None:
+        """Attach to the evaluator."""
+        engine.add_event_handler(Events.STARTED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        """Set the context; the supports are read once."""
+        if self._loaded is None:
+            self._loaded = self._load()
+        getattr(self.network, "module", self.network).set_context(*self._loaded)
+
+    def _load(self) -> tuple[list[Tensor], list[Tensor]]:
+        images: list[Tensor] = []
+        masks: list[Tensor] = []
+        for index in np.random.default_rng(self.seed).permutation(len(self.data)).tolist():
+            item = apply_transform(self.transform, self.data[index])
+            label = _plain(item["label"])[0]
+            if (label > 0).any():
+                images.append(_plain(item["image"]))
+                masks.append(label)
+            if len(images) == self.supports:
+                break
+        if not images:
+            raise DataError(f"None of {len(self.data)} cases shows an object; expected supports for the context.")
+        return images, masks
+
+
+def _task(case: dict[str, Any]) -> str:
+    return str(case["task"]) if "task" in case else str(case["case"]).rpartition("/")[0]
+
+
+def _content(image: Any) -> str:
+    """What tells copies: the bytes of a file, or of a tensor or an array."""
+    if isinstance(image, str | Path):
+        return content_hash(Path(image))
+    array = np.ascontiguousarray(image)
+    return hashlib.sha256(repr((array.shape, array.dtype)).encode() + array.tobytes()).hexdigest()
+
+
+def _plain(x: Any) -> Tensor:
+    x = torch.as_tensor(x)
+    return x.as_tensor() if hasattr(x, "as_tensor") else x

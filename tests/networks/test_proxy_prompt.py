@@ -1,0 +1,355 @@
+"""Proxy Prompt: selective map, colorization, contexts that are stored, saved, refused."""
+
+import copy
+import json
+import math
+
+import pytest
+import torch
+from monai.bundle import ConfigParser
+from torch import nn
+
+from hspsam_monai.encoders.weights import write_state
+from hspsam_monai.errors import ConfigError, DataError, WeightsError
+from hspsam_monai.networks import SAMSP, ProxyPrompt, load_checkpoint, load_pretrained
+from hspsam_monai.networks.proxy_prompt import (
+    CONTEXT,
+    FAR,
+    ContextualColorizationModule,
+    ContextualSelectiveModule,
+    read_values,
+    selective_map,
+    unit_cells,
+)
+from hspsam_monai.training import DiceCE
+
+SMALL = {"image_size": 64, "value_width": 16, "mamba_depth": 1, "mamba_state": 2, "ffn_width": 32}
+
+
+def build(**options):
+    torch.manual_seed(0)
+    return ProxyPrompt("mobile_sam", **{**SMALL, **options})
+
+
+def supports(count, classes=2, size=64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    masks = torch.zeros(count, size, size, dtype=torch.long)
+    for index in range(classes - 1):
+        masks[:, 8 + 16 * index : 20 + 16 * index, 10:40] = index + 1
+    return torch.rand(count, 3, size, size, generator=generator), masks
+
+
+@pytest.fixture(scope="module")
+def network():
+    return build().eval()
+
+
+# -- selective map
+
+
+def cells(*shape):
+    return nn.functional.normalize(torch.randn(*shape), dim=-1)
+
+
+def test_map_over_all_cells_is_the_softmax_of_distances():
+    q, k, values = cells(2, 5, 64), cells(2, 9, 64), torch.randn(2, 9, 7)
+    scaled_q, scaled_k = q * 8, k * 8  # length sqrt(C)
+    expected = (-torch.cdist(scaled_q, scaled_k).square() / math.sqrt(64)).softmax(-1) @ values
+    for top_k in (9, 100):
+        assert torch.allclose(read_values(values, *selective_map(q, k, top_k)), expected, atol=1e-5)
+
+
+def test_map_keeps_the_nearest_cells_and_only_valid_ones():
+    q, k, values = cells(2, 5, 16), cells(1, 9, 16), torch.randn(1, 9, 3)
+    valid = torch.ones(1, 9, dtype=torch.bool)
+    valid[0, 4] = False
+    weights, index = selective_map(q, k, 3, sharpness=2.0, valid=valid)
+    for b in range(2):
+        for i in range(5):
+            score = 2 * 2 * 4 * (k[0] @ q[b, i] - 1)
+            score[4] = -math.inf
+            best = score.argsort(descending=True)[:3]
+            w = score[best].softmax(0)
+            assert index[b, i].tolist() == best.tolist() and torch.allclose(weights[b, i], w, atol=1e-6)
+            assert torch.allclose(read_values(values, weights, index)[b, i], w @ values[0, best], atol=1e-6)
+
+
+def test_the_order_of_supports_does_not_matter():
+    q, k, values = cells(1, 6, 32), cells(1, 40, 32), torch.randn(1, 40, 5)
+    order = torch.randperm(40)
+    first = read_values(values, *selective_map(q, k, 8))
+    second = read_values(values[:, order], *selective_map(q, k[:, order], 8))
+    assert torch.allclose(first, second, atol=1e-6)
+
+
+@torch.no_grad()
+def test_shapes_of_both_modules():
+    csm = ContextualSelectiveModule(32, 16, 16, depth=1, state=2, top_k=4)
+    images, masks = torch.rand(3, 3, 64, 96), torch.zeros(3, 2, 64, 96)
+    assert csm.encode(images, masks[:, 0]).shape == (3, 16, 4, 6)
+    features = torch.randn(3, 32, 4, 6)
+    a = csm.aggregate(images, masks, features)
+    assert a.shape == (3, 2, 32, 4, 6)
+    ccm = ContextualColorizationModule(32, heads=4, ffn_width=16)
+    for h, w, tokens in ((4, 6, 2), (8, 8, 4), (6, 10, 6), (2, 2, 1)):
+        features, position = torch.randn(2, 32, h, w), torch.randn(32, h, w)
+        assert ccm(features, torch.randn(2, 3, 32, h, w), position).shape == (6, tokens, 32)
+
+
+@torch.no_grad()
+def test_e_attends_to_the_updated_x():
+    block = ContextualColorizationModule(32, 4, 16).blocks[0]
+    x, e = torch.randn(1, 4, 4, 32), torch.randn(1, 4, 4, 32)
+    x_merged, e_merged = block.merge_x(x).flatten(1, 2), block.merge_e(e).flatten(1, 2)
+    updated = block.x_to_e(x_merged, e_merged)
+    found_x, found_e = block(x, e)
+    assert found_x.shape == (1, 4, 2, 32) and torch.equal(found_x.flatten(1, 2), updated)
+    assert torch.equal(found_e.flatten(1, 2), block.e_to_x(e_merged, updated))
+
+
+# -- the network
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("count", [1, 2, 5])
+@pytest.mark.parametrize("classes", [2, 4])
+def test_a_stored_context_equals_supports_passed_each_time(count, classes):
+    network = build(num_classes=classes).eval()
+    images, masks = supports(count, classes)
+    x = torch.rand(2, 3, 64, 96)
+    passed = network(x, images.expand(2, -1, -1, -1, -1), masks.expand(2, -1, -1, -1))
+    network.set_context(images, masks)
+    stored = network(x)
+    assert isinstance(stored, torch.Tensor) and stored.shape == (2, classes, 64, 96) and stored.dtype == torch.float32
+    assert not stored[:, 0].any() and torch.allclose(stored, passed, atol=1e-5, rtol=1e-5)
+    other = build(num_classes=classes).eval()
+    other.set_context(images.flip(0), masks.flip(0))
+    assert torch.allclose(other(x), stored, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_objects_do_not_mix():
+    network = build(num_classes=3).eval()
+    images, masks = supports(2, 3)
+    x = torch.rand(1, 3, 64, 64)
+    both = network(x, images[None], masks[None])
+    swapped = network(x, images[None], ((3 - masks) % 3)[None])
+    assert torch.allclose(both[:, 1], swapped[:, 2], atol=1e-5) and not torch.allclose(both[:, 1], both[:, 2])
+
+
+def test_only_the_generator_learns():
+    network = build(num_classes=3, dropout=0.1).train()
+    images, masks = supports(2, 3)
+    image = torch.rand(2, 3, 64, 64)
+    logits = network(image, images.expand(2, -1, -1, -1, -1), masks.expand(2, -1, -1, -1))
+    DiceCE()(logits, masks[:, None]).backward()
+    frozen = [n for n, p in network.named_parameters() if p.grad is None]
+    assert all(n.startswith(("encoder.", "sam.")) for n in frozen)
+    for name, p in network.named_parameters():
+        trained = name.startswith(("csm.", "ccm."))
+        assert p.requires_grad == trained
+        assert not trained or p.grad.abs().sum() > 0, name
+
+
+@torch.no_grad()
+def test_supports_of_any_size_are_brought_to_the_networks():
+    network = build().eval()
+    images, masks = supports(1, size=128)
+    network.set_context([images[0], supports(1)[0][0]], [masks[0][None], supports(1)[1][0].float()])
+    assert network.context_keys.shape == (2 * 16, 256)
+    assert network(torch.rand(1, 3, 64, 64)).isfinite().all()
+
+
+@torch.no_grad()
+def test_many_supports_are_thinned_to_a_fixed_cost():
+    network = build().eval()
+    network.set_context(*supports(5), max_cells=30)
+    assert network.context_keys.shape == (30, 256) and network.context_values.shape == (30, 256)
+    first = network.context_keys.clone()
+    network.set_context(*supports(5), max_cells=30)
+    assert torch.equal(first, network.context_keys)
+
+
+@torch.no_grad()
+def test_similarity_is_calibrated_by_the_supports(network):
+    images, masks = supports(4)
+    network.set_context(images, masks)
+    near = network.similarity(images)
+    assert near.shape == (4,) and torch.equal(near, torch.ones(4))
+    network.set_context(images[:1], masks[:1])
+    assert network.similarity(images[:1]) == 1
+    network.context_reference.fill_(1e-3)
+    assert (network.similarity(torch.zeros(1, 3, 64, 64)) < FAR).all()
+    one = 1 - (unit_cells(network.encoder(images[1:2]).embedding)[0] @ network.context_keys.T).amax(1).mean()
+    assert torch.allclose(network.similarity(images[1:2]), 1e-3 / one)
+    network.clear_context()
+
+
+@torch.no_grad()
+def test_a_moving_average_may_have_a_context_of_its_own():
+    from ignite.engine import Engine
+    from ignite.handlers import EMAHandler
+
+    network = build().eval()
+    average = EMAHandler(network, momentum=0.5)
+    engine = Engine(lambda _engine, _batch: None)
+    average.attach(engine)
+    average.ema_model.set_context(*supports(2))
+    engine.run([0, 1])
+    assert not len(average.ema_model.context_keys)  # of weights that are no longer
+    average.ema_model.set_context(*supports(2))
+    network.set_context(*supports(2))
+    x = torch.rand(1, 3, 64, 64)
+    assert torch.allclose(average.ema_model.eval()(x), network(x), atol=1e-5)
+
+
+# -- files
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("half", [False, True])
+def test_a_context_is_saved_with_the_network(tmp_path, half):
+    network = build().eval()
+    network.set_context(*supports(3))
+    state = network.state_dict()
+    if half:
+        state = {k: v.half() if v.is_floating_point() else v for k, v in state.items()}
+    path = write_state(tmp_path / "model.pt", {"model": state})
+    x = torch.rand(1, 3, 64, 64)
+    tolerance = 0.05 if half else 0
+    for load in (load_checkpoint, load_pretrained):
+        torch.manual_seed(1)
+        fresh = ProxyPrompt("mobile_sam", **SMALL).eval()
+        load(fresh, path)
+        assert fresh.context_keys.dtype == torch.float32
+        assert torch.allclose(fresh(x), network(x), atol=tolerance, rtol=0)
+    plain = build().eval()
+    plain.load_state_dict(state)
+    assert torch.allclose(plain(x), network(x), atol=tolerance, rtol=0)
+    plain.load_state_dict(build().state_dict())  # a file without context
+    assert not len(plain.context_keys)
+    assert torch.equal(copy.deepcopy(network)(x), network(x))
+
+
+@torch.no_grad()
+def test_a_context_alone_is_switched_and_refused_by_other_weights(tmp_path):
+    network = build().eval()
+    network.set_context(*supports(2))
+    x = torch.rand(1, 3, 64, 64)
+    first = network(x)
+    for name in ("task.pt", "task.safetensors"):
+        path = network.save_context(tmp_path / name)
+        network.set_context(*supports(3, seed=5))
+        assert not torch.equal(network(x), first)
+        network.load_context(path)
+        assert torch.equal(network(x), first)
+    other = build().eval()
+    other.set_context(*supports(1))
+    before = other(x)
+    for part in (other.encoder.patch_embed.seq[0].c.weight, other.csm.patch.weight):
+        kept = part.clone()
+        part.mul_(1.5)
+        with pytest.raises(WeightsError, match=r"task.pt was made by other weights .*mobile_sam.* set_context"):
+            other.load_context(tmp_path / "task.pt")
+        with pytest.raises(ConfigError, match="stored context was made by other weights"):
+            other(x)
+        part.copy_(kept)
+    assert torch.equal(other(x), before)  # a refused context leaves the old one
+    with pytest.raises(WeightsError, match="for 1 objects; this network segments 2"):
+        build(num_classes=3).load_context(tmp_path / "task.pt")
+    write_state(tmp_path / "no.pt", {"a": torch.zeros(1)})
+    with pytest.raises(WeightsError, match="lacks context_keys"):
+        network.load_context(tmp_path / "no.pt")
+
+
+def test_checkpoints_of_every_network_are_told_from_sams_files(tmp_path):
+    for network in (build(), SAMSP("mobile_sam", image_size=64)):
+        path = write_state(tmp_path / "model.pt", {"model": network.state_dict()})
+        report = load_pretrained(network, path)
+        assert len(report.loaded) == len(network.state_dict())
+    official = {f"image_encoder.{k}": v for k, v in network.encoder.state_dict().items() if "lora_" not in k}
+    official |= network.sam.state_dict()
+    report = load_pretrained(build(), write_state(tmp_path / "sam.pt", official))
+    assert not report.missing and len(report.ignored) == len(network.sam.state_dict())
+
+
+# -- refusals
+
+
+def test_without_context_or_with_half_a_support(network):
+    assert not any(getattr(network, name).numel() for name in CONTEXT)
+    x = torch.rand(1, 3, 64, 64)
+    with pytest.raises(ConfigError, match=r"call set_context\(images, masks\) once.*or pass support_images"):
+        network(x)
+    images, masks = supports(2)
+    with pytest.raises(ConfigError, match="pass both or neither"):
+        network(x, images[None])
+    with pytest.raises(ConfigError, match=r"masks \(1, 2, 64, 32\)"):
+        network(x, images[None], masks[None, ..., :32])
+    with pytest.raises(ConfigError, match="for 2 images, and 1 images"):
+        network(x, images.expand(2, -1, -1, -1, -1), masks.expand(2, -1, -1, -1))
+
+
+def faulty(name):
+    images, masks = supports(2)
+    return {
+        "none": (images[:0], masks[:0]),
+        "numbers": (images, masks[:1]),
+        "grey": (images[:, :1], masks),
+        "size": (images, masks[..., :32]),
+        "bytes": (images * 255, masks),
+        "nan": (images * math.nan, masks),
+        "labels": (images, masks * 7),
+        "empty": (images, masks * torch.tensor([1, 0])[:, None, None]),
+    }[name]
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "message"),
+    [
+        ("none", ConfigError, "0 support images and 0 masks"),
+        ("numbers", ConfigError, "2 support images and 1 masks"),
+        ("grey", ConfigError, r"Support 1 .*\(1, 64, 64\).*three channels"),
+        ("size", ConfigError, r"mask of \(64, 32\)"),
+        ("bytes", DataError, r"expected \[0, 1\]. Divide"),
+        ("nan", DataError, "Support image 1 has values"),
+        ("labels", DataError, r"Support mask 1 has the values \[7\]; expected classes 0..1"),
+        ("empty", DataError, "Support mask 2 shows no object"),
+    ],
+)
+def test_faulty_supports_are_named(network, name, error, message):
+    with pytest.raises(error, match=message):
+        network.set_context(*faulty(name))
+    assert not len(network.context_keys)
+
+
+def test_a_class_that_no_support_shows():
+    with pytest.raises(DataError, match="No support shows class 2"):
+        build(num_classes=3).set_context(*supports(2))
+
+
+@pytest.mark.parametrize(
+    "options", [{"num_classes": 1}, {"dropout": 1.0}, {"top_k": 0}, {"heads": 7}, {"mamba_depth": 0}]
+)
+def test_arguments_out_of_range(options):
+    with pytest.raises(ConfigError, match=next(iter(options))):
+        build(**options)
+
+
+# -- the bundle's overlays
+
+
+@pytest.mark.parametrize(("name", "kind"), [("proxy_prompt", ProxyPrompt), ("sam_sp", SAMSP)])
+def test_overlays_build(bundle, name, kind):
+    configs = bundle / "configs"
+    parser = ConfigParser()
+    parser.read_config([str(configs / "train.json"), str(configs / "network" / f"{name}.json")])
+    parser["image_size"] = 64
+    assert isinstance(parser.get_parsed_content("network_def"), kind)
+    if name == "sam_sp":
+        assert type(parser.get_parsed_content("train::loss")).__name__ == "SelfDistillation"
+        *others, last = parser["train::handlers"]
+        assert last["handler"] == "@train::loss"
+        assert others == json.loads((configs / "train.json").read_text())["train"]["handlers"]
+    else:
+        assert parser["train::trainer"]["prepare_batch"].endswith("episode_batch")
