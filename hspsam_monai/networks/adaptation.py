@@ -27,8 +27,3 @@ def set_adaptation(encoder: nn.Module, adapt: str) -> None:
         raise ConfigError(f"adapt is {adapt!r}; expected one of {', '.join(ADAPTATIONS)}.")
     for name, parameter in encoder.named_parameters():
         parameter.requires_grad_(adapt == "full" or (adapt == "lora" and "lora_" in name) or name.startswith("neck."))
-
-
-def encoder_parameters(network: nn.Module) -> set[int]:
-    """Identities of the parameters that belong to the network's encoder but are not LoRA's own."""
-    return {id(p) for name, p in network.encoder.named_parameters() if "lora_" not in name}

@@ -34,7 +34,7 @@ class HSPSAM(nn.Module):
         decoder: ``paper`` or ``slim`` (ours, for small encoders).
         adapt: what of the encoder is trained: ``lora`` (paper), ``full`` or ``frozen``.
         lora_rank: rank of the updates on q and v when ``adapt`` is ``lora``.
-        dropout: probability of dropping channels before the head, in train mode only. It is the only thing that
+        dropout: probability of dropping channels of the encoder's levels, in train mode only. It is the only thing that
             train mode changes, so Monte-Carlo dropout measures nothing else.
         in_channels: must be 3; grey images are repeated over the channels by the transforms.
 

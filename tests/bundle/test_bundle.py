@@ -116,6 +116,16 @@ def test_a_task_is_an_overlay_of_known_keys(bundle, task):
     assert set(overlay.get("augmentation", {})) <= set(base["augmentation"])
 
 
+@pytest.mark.parametrize("network", NETWORKS)
+def test_a_networks_recipe_starts(bundle, network, phantoms, tmp_path):
+    """Everything around the network that an overlay changes can be built: averaging, optimiser, schedule, loss."""
+    override = {"dataset_dir": str(phantoms), "output_dir": str(tmp_path), "initialize": [], "image_size": 64}
+    workflow = ConfigWorkflow(configs(bundle, "train", f"network/{network}"), workflow_type="train", **override)
+    workflow.initialize()
+    for part in ("ema_handler", "scheduler", "train::loss"):
+        assert workflow.parser.get_parsed_content(part) is not None
+
+
 def test_training_leaves_everything_needed_to_repeat_it(trained):
     for name in ("model.pt", "last.pt", "learning_curve.csv", "config.json", "network.json", "environment.json"):
         assert (trained / name).is_file(), name

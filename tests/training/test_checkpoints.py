@@ -133,7 +133,6 @@ def test_accumulation_steps_once_for_several_batches(train):
     assert len(run.losses) == 6 and len(steps) == 3
 
 
-@pytest.mark.xfail(reason="train.json divides the schedule's length by accumulation_steps, but it steps every batch")
 def test_the_learning_rate_ends_with_the_run_when_accumulating(train):
     run = train(epochs=2, accumulation_steps=2, batch_size=1, warmup=1).start()
     halfway, end = (float(row["lr"]) for row in curve(run.folder))
