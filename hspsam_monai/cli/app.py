@@ -161,8 +161,8 @@ def segment(
         str | None, typer.Option(help="Folder of a run, or a model.pt; without, the shipped model.")
     ] = None,
     flips: Annotated[
-        bool, typer.Option("--flips", help="Average four mirror images: better, four times slower.")
-    ] = False,
+        bool | None, typer.Option(help="Average four mirror images (on unless turned off): better, four times slower.")
+    ] = None,
     device: Device = None,
 ) -> None:
     """Segment images. A bad file does not stop the others; all bad files are named at the end (exit code 1)."""

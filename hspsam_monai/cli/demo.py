@@ -16,14 +16,14 @@ from hspsam_monai.files import atomic_write
 
 logger = logging.getLogger(__name__)
 
-#: Chosen so that the whole demo stays below four minutes and 4 GiB on two cores, and the training shows: at 192 pixels
-#: 12 epochs on 64 phantoms took unseen ones from 0.82 to 0.85.
-COUNT, EPOCHS, UNSEEN = 80, 10, 24
+#: Small enough for four minutes and 4 GiB on two cores. The shipped model finds most phantoms already, and so short a
+#: training changes its score by about a hundredth, up or down: the demo shows the way from data to masks, not a gain.
+COUNT, EPOCHS, UNSEEN = 80, 6, 24
 #: What differs from train.json for so short a training: the moving average must follow within tens of steps.
 SETTINGS = {
-    "image_size": 192,
+    "image_size": 320,  # the shipped model's own
     "batch_size": 8,
-    "lr": 8e-4,
+    "lr": 2e-4,
     "warmup": 8,
     "power": 1.0,
     "ema": 0.1,

@@ -110,7 +110,7 @@ def segment(
     output: str | Path,
     *,
     model: str | Path | None = None,
-    flips: bool = False,
+    flips: bool | None = None,
     device: str | None = None,
     overrides: Mapping[str, Any] | None = None,
 ) -> None:
@@ -127,7 +127,7 @@ def segment(
     if source == output:
         raise ConfigError(f"{output} is the input as well; expected another folder for the masks.")
     values |= {"dataset_dir": str(source), "model": str(found.path), "output_dir": str(output)}
-    values |= {"flips": True} if flips else {}
+    values |= {} if flips is None else {"flips": flips}
     values |= {"device": device_setting(device)} if device else {}
     run_workflow(files, "infer", found.network | values)
 
