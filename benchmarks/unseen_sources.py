@@ -1,11 +1,14 @@
 """Leave one source out: train on one hospital's polyps, test on another's, with and without self-prompting.
 
-``hsp`` is train.json's own network, ``plain`` the same encoder under a convolutional pyramid
-(:class:`hspsam_monai.networks.ConvPyramidSAM`); data order, augmentation, budget and image size are the same. The
-epoch is picked on the validation split of the source trained on; the other source is only ever tested on.
+``hsp`` is train.json's own network, ``static`` and ``none`` the same with the paper's static prompts and without any,
+``plain`` the same encoder under a convolutional pyramid (:class:`hspsam_monai.networks.ConvPyramidSAM`); data order,
+augmentation, budget and image size are the same. The epoch is picked on the validation split of the source trained
+on; the other source is only ever tested on.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 from common import (
@@ -24,8 +27,13 @@ from studies import Run, Study, common_overrides, merged_config, training_argume
 from hspsam_monai.errors import ConfigError
 
 SECTION = "unseen-sources"
-#: Variant -> overlay of the bundle.
-VARIANTS: dict[str, str | None] = {"hsp": None, "plain": "network/conv_pyramid.json"}
+#: Variant -> overlay of the bundle and what is overridden besides.
+VARIANTS: dict[str, tuple[str | None, dict[str, str]]] = {
+    "hsp": (None, {}),
+    "plain": ("network/conv_pyramid.json", {}),
+    "static": (None, {"network_def::prompt_source": "static"}),
+    "none": (None, {"network_def::prompt_source": "none"}),
+}
 #: The variant every other is compared with.
 BASELINE = "plain"
 DIRECTIONS = ("kvasir:clinicdb", "clinicdb:kvasir")
@@ -39,11 +47,15 @@ def main(argv: list[str] | None = None) -> None:
     training_arguments(parser)
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
     parser.add_argument("--directions", nargs="+", default=list(DIRECTIONS), metavar="TRAIN:TEST")
+    parser.add_argument(
+        "--iterations", type=int,
+        help="train each source for about so many steps instead of epochs, so that a small one is not trained less",
+    )  # fmt: skip
     args = parser.parse_args(argv)
     start_logging()
 
     common = common_overrides(args)
-    encoders = {merged_config(VARIANTS[v], common).get("network_def")["encoder"] for v in args.variants}
+    encoders = {merged_config(VARIANTS[v][0], common).get("network_def")["encoder"] for v in args.variants}
     if len(encoders) > 1:
         raise ConfigError(f"The variants use different encoders ({', '.join(sorted(encoders))}); expected one.")
     keys, runs = [], []
@@ -52,15 +64,24 @@ def main(argv: list[str] | None = None) -> None:
         if not sign or train_set == test_set:
             raise ConfigError(f"--directions got {direction!r}; expected TRAIN:TEST, two folders of {args.data}.")
         tests = {"seen": cases_of(args.data / train_set, "val"), "unseen": cases_of(args.data / test_set, "all")}
-        cases_of(args.data / train_set, "train")  # found now, not after the first run
-        for variant in args.variants:
-            for seed in args.seeds:
+        budget = _budget(args.iterations, len(cases_of(args.data / train_set, "train")), common)
+        for seed in args.seeds:
+            for variant in args.variants:
                 keys.append((direction, variant, seed))
-                overrides = {**common, "dataset_dir": str(args.data / train_set), "seed": seed}
-                runs.append(Run(f"{train_set}-{test_set}-{variant}-{seed}", overrides, VARIANTS[variant], tests))
+                overlay, changed = VARIANTS[variant]
+                overrides = {**common, **budget, **changed, "dataset_dir": str(args.data / train_set), "seed": seed}
+                runs.append(Run(f"{train_set}-{test_set}-{variant}-{seed}", overrides, overlay, tests))
     study = Study(args.output, runs)
     scores = dict(zip(keys, study.complete(), strict=True))
     publish(SECTION, _report(args.directions, args.variants, args.seeds, scores, study), args)
+
+
+def _budget(iterations: int | None, cases: int, common: dict[str, Any]) -> dict[str, int]:
+    """Override ``epochs`` so that a source of so many cases is trained for about ``iterations`` steps."""
+    if iterations is None:
+        return {}
+    batch = merged_config(overrides=common).get("batch_size")
+    return {"epochs": max(1, round(iterations / max(1, cases // batch)))}
 
 
 def _report(directions: list[str], variants: list[str], seeds: list[int], scores: dict, study: Study) -> str:

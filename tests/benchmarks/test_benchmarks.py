@@ -185,11 +185,30 @@ def test_the_plain_peer_has_the_same_encoder_and_budget():
     from studies import merged_config
     from unseen_sources import VARIANTS
 
-    ours, plain = (merged_config(VARIANTS[name]) for name in ("hsp", "plain"))
+    ours, plain = (merged_config(*VARIANTS[name]) for name in ("hsp", "plain"))
     assert ours.get("network_def")["encoder"] == plain.get("network_def")["encoder"]
     assert plain.get("network_def")["adapt"] == ours.get("network_def")["adapt"] == "full"
     differing = {key for key in ours.config if ours.get(key) != plain.get(key)}
     assert differing == {"network_def"}
+
+
+def test_variants_of_the_unseen_study_differ_in_the_prompts_alone():
+    from studies import merged_config
+    from unseen_sources import VARIANTS
+
+    defs = {name: merged_config(*VARIANTS[name]).get("network_def") for name in ("hsp", "static", "none")}
+    for name, source in (("hsp", "image"), ("static", "static"), ("none", "none")):
+        assert defs[name] == {**defs["hsp"], "prompt_source": source}
+
+
+def test_a_budget_in_iterations_trains_every_source_equally_long():
+    from unseen_sources import _budget
+
+    assert _budget(None, 792, {}) == {}
+    assert _budget(600, 792, {}) == {"epochs": 6}  # 99 steps of 8
+    assert _budget(600, 478, {}) == {"epochs": 10}  # 59 steps of 8
+    assert _budget(600, 792, {"batch_size": 4}) == {"epochs": 3}
+    assert _budget(10, 3, {}) == {"epochs": 10}  # fewer cases than a batch are one step
 
 
 # Studies
