@@ -1,12 +1,14 @@
 """MobileSAM's and LiteMedSAM's image encoder: TinyViT-5M on kornia's modules, any size, padding-free windows.
 
 kornia builds the parameters under their published names; the forward pass here is our own. It differs from
-the published arrangement in three ways, none of which changes the result:
+the published arrangement in four ways, none of which changes the result:
 
 * Any input size. The published module fixes its token grids at construction.
 * Windows without padding work. A window at the border holds real tokens and padding. All padded tokens of a
   window share one key and one value (padding is zero, so after the norm it is a constant), therefore they
   collapse into a single key whose bias is the log-sum-exp of their biases. Queries of padding are never needed.
+* What depends on weights alone (folded convolutions, biases of windows, keys and values of padding and of prompts) is
+  computed once and kept while no gradient is asked for.
 * Batch normalisation always uses its stored statistics and is folded into the convolution before it, also in
   training: small batches of one hospital's images would only blur SAM's statistics, and Monte-Carlo dropout can
   switch the network to train mode without changing anything else.
@@ -29,6 +31,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hspsam_monai.encoders.base import Encoder, Features, Level
+from hspsam_monai.encoders.constants import Constants
+from hspsam_monai.encoders.layers import add, gelu, pointwise
 from hspsam_monai.encoders.lora import apply_lora
 
 _IMAGENET_MEAN = (123.675 / 255, 116.28 / 255, 103.53 / 255)
@@ -79,6 +83,7 @@ class TinyViT(Encoder):
             Level(320, 4 * stem, 320),
         )
         self.return_tokens = return_tokens
+        self._constants = Constants()
         if lora_rank:
             apply_lora(self, lora_rank, _qv_rows)
 
@@ -91,7 +96,7 @@ class TinyViT(Encoder):
         """Encode normalised images (B, 3, H, W); see :class:`Encoder`."""
         x = image.contiguous(memory_format=torch.channels_last)
         stem = self.patch_embed.seq
-        x = _conv_bn(stem[2], stem[1](_conv_bn(stem[0], x)))
+        x = self._conv_bn(stem[2], _activate(stem[1], self._conv_bn(stem[0], x)))
         levels: list[Tensor] = []
         tokens: list[Tensor | None] = []
         for stage, prompt in zip(self.layers, prompts, strict=True):
@@ -101,24 +106,135 @@ class TinyViT(Encoder):
                     last = index == len(stage.blocks) - 1
                     x, attended = self._attention_block(block, x, prompt if last else None)
                 else:
-                    x = _mb_conv(block, x)
+                    x = self._mb_conv(block, x)
             levels.append(x)
             tokens.append(attended)
             if stage.downsample is not None:
                 merge = stage.downsample
-                x = _conv_bn(merge.conv3, _conv_bn(merge.conv2, _conv_bn(merge.conv1, x)))
+                x = self._conv_bn(merge.conv3, self._conv_bn(merge.conv2, self._conv_bn(merge.conv1, x)))
         return Features(levels, self.neck(x) if self.neck is not None else None, tokens)
 
     def _attention_block(self, block: nn.Module, x: Tensor, prompt: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Window attention, local convolution, MLP on a map (B, C, H, W); and the attended prompts (B, P, C)."""
         tokens = x.permute(0, 2, 3, 1)  # (B, H, W, C), a view: the map is channels-last
-        mixed, attended = _window_attention(block.attn, block.window_size, tokens, prompt, self.return_tokens)
-        x = (tokens + mixed).permute(0, 3, 1, 2)
-        x = _conv_bn(block.local_conv, x).permute(0, 2, 3, 1)
-        x = x + block.mlp(x)
+        mixed, attended = self._window_attention(block.attn, block.window_size, tokens, prompt)
+        x = add(tokens, mixed).permute(0, 3, 1, 2)
+        x = self._conv_bn(block.local_conv, x).permute(0, 2, 3, 1)
+        x = add(x, _mlp(block.mlp, x))
         if attended is not None:
-            attended = attended + block.mlp(attended)
+            attended = attended + _mlp(block.mlp, attended)
         return x.permute(0, 3, 1, 2), attended
+
+    def _conv_bn(self, module: nn.Module, x: Tensor) -> Tensor:
+        """Convolution with its batch normalisation (stored statistics) folded in, then the activation."""
+        conv, bn = module.c, module.bn
+
+        def fold() -> tuple[Tensor, Tensor]:
+            scale = bn.weight * torch.rsqrt(bn.running_var + bn.eps)
+            return conv.weight * scale[:, None, None, None], bn.bias - bn.running_mean * scale
+
+        sources = [conv.weight, bn.weight, bn.bias, bn.running_mean, bn.running_var]
+        weight, bias = self._constants.get(id(module), sources, fold)
+        if conv.kernel_size == (1, 1):
+            y = pointwise(x, weight, bias)
+        else:
+            y = F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+        return _activate(module.act, y)
+
+    def _mb_conv(self, block: nn.Module, x: Tensor) -> Tensor:
+        y = self._conv_bn(block.conv3, self._conv_bn(block.conv2, self._conv_bn(block.conv1, x)))
+        return _activate(block.act, add(x, block.drop_path(y)))
+
+    def _window_attention(
+        self, attention: nn.Module, window: int, x: Tensor, prompt: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """TinyViT's window attention on real tokens only.
+
+        Args:
+            attention: kornia's attention module (norm, qkv, proj, attention_biases).
+            window: side of the square windows in tokens.
+            x: (B, H, W, C) tokens before the norm.
+            prompt: (P, C) tokens that every window sees as extra keys and values, or ``None``.
+
+        Returns:
+            (B, H, W, C) without the residual, and (B, P, C) attended prompts with their residual (``None`` without
+            prompts, or if the encoder was built without ``return_tokens``).
+        """
+        heads, d = attention.num_heads, attention.key_dim
+        qkv = _project(attention, x)  # (B, H, W, heads, 3d)
+        shared = self._shared(attention, prompt)
+        out = self._in_windows(attention, window, qkv, shared)
+        mixed = attention.proj(out)
+        if not self.return_tokens or prompt is None:
+            return mixed, None
+        # The prompts query all tokens of the map and each other.
+        batch = x.shape[0]
+        _, k, v = qkv.flatten(1, 2).transpose(1, 2).split(d, dim=-1)  # (B, heads, HW, d)
+        prompt_q, prompt_k, prompt_v = shared[:, 1:].expand(batch, heads, -1, -1).split(d, dim=-1)
+        k, v = torch.cat([k, prompt_k], dim=2), torch.cat([v, prompt_v], dim=2)
+        rows = F.scaled_dot_product_attention(prompt_q, k, v, scale=attention.scale)  # (B, heads, P, d)
+        return mixed, prompt + attention.proj(rows.transpose(1, 2).flatten(2))
+
+    def _shared(self, attention: nn.Module, prompt: Tensor | None) -> Tensor:
+        """What every window sees: projections (heads, 1 + P, 3 d) of padding, then of the prompts."""
+
+        def project() -> Tensor:
+            pad = attention.norm.weight.new_zeros(1, attention.norm.normalized_shape[0])
+            pad = _project(attention, pad)
+            both = pad if prompt is None else torch.cat([pad, _project(attention, prompt)])
+            return both.transpose(0, 1)
+
+        sources = [*attention.norm.parameters(), *attention.qkv.parameters(), *([] if prompt is None else [prompt])]
+        return self._constants.get(("shared", id(attention), prompt is None), sources, project)
+
+    def _in_windows(self, attention: nn.Module, window: int, qkv: Tensor, shared: Tensor) -> Tensor:
+        """Attend within windows: projections (B, H, W, heads, 3 d) -> (B, H, W, heads * d)."""
+        batch, height, width, heads, _ = qkv.shape
+        d, n_prompts = attention.key_dim, shared.shape[1] - 1
+        _, shared_k, shared_v = shared.split(d, dim=-1)
+        rows = []
+        for rs in _strips(height, window):
+            columns = []
+            for cs in _strips(width, window):
+                part = qkv[:, rs.start : rs.start + rs.count * rs.real, cs.start : cs.start + cs.count * cs.real]
+                part = part.unflatten(1, (rs.count, rs.real)).unflatten(3, (cs.count, cs.real))
+                # (B, nh, rh, nw, rw, heads, 3d) -> (B nh nw, heads, rh rw, 3d)
+                part = part.permute(0, 1, 3, 5, 2, 4, 6).reshape(-1, heads, rs.real * cs.real, 3 * d)
+                q, k, v = part.split(d, dim=-1)
+                first = 1 if rs.real * cs.real == window * window else 0  # a full window has no padding key
+                extra = slice(first, 1 + n_prompts)
+                if first < 1 + n_prompts:
+                    k = torch.cat([k, shared_k[:, extra].expand(len(k), -1, -1, -1)], dim=2)
+                    v = torch.cat([v, shared_v[:, extra].expand(len(v), -1, -1, -1)], dim=2)
+                bias = self._window_bias(attention, window, rs.real, cs.real, n_prompts).to(q.dtype)
+                out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias[None], scale=attention.scale)
+                out = out.unflatten(2, (rs.real, cs.real)).unflatten(0, (batch, rs.count, cs.count))
+                # (B, nh, nw, heads, rh, rw, d) -> (B, nh rh, nw rw, heads d)
+                columns.append(out.permute(0, 1, 4, 2, 5, 3, 6).flatten(5).flatten(3, 4).flatten(1, 2))
+            rows.append(torch.cat(columns, dim=2) if len(columns) > 1 else columns[0])
+        return torch.cat(rows, dim=1) if len(rows) > 1 else rows[0]
+
+    def _window_bias(self, attention: nn.Module, window: int, rows: int, columns: int, prompts: int) -> Tensor:
+        """See :func:`_window_bias`."""
+        key = ("bias", id(attention), rows, columns, prompts)
+        return self._constants.get(
+            key, [attention.attention_biases], lambda: _window_bias(attention, window, rows, columns, prompts)
+        )
+
+
+def _project(attention: nn.Module, tokens: Tensor) -> Tensor:
+    """Tokens (..., C) -> (..., heads, 3 d)."""
+    return attention.qkv(attention.norm(tokens)).unflatten(-1, (attention.num_heads, 3 * attention.key_dim))
+
+
+def _mlp(mlp: nn.Module, x: Tensor) -> Tensor:
+    """Kornia's MLP (norm, linear, GELU, linear) on (..., C)."""
+    return mlp.fc2(_activate(mlp.act1, mlp.fc1(mlp.norm(x))))
+
+
+def _activate(act: nn.Module, x: Tensor) -> Tensor:
+    """Apply an activation to an intermediate of our own."""
+    return gelu(x) if isinstance(act, nn.GELU) and act.approximate == "none" else act(x)
 
 
 def _qv_rows(attention: nn.Module) -> list[Tensor]:
@@ -126,20 +242,6 @@ def _qv_rows(attention: nn.Module) -> list[Tensor]:
     d = attention.key_dim
     starts = torch.arange(attention.num_heads)[:, None] * 3 * d
     return [(starts + torch.arange(d)).flatten(), (starts + 2 * d + torch.arange(d)).flatten()]
-
-
-def _conv_bn(module: nn.Module, x: Tensor) -> Tensor:
-    """Convolution with its batch normalisation (stored statistics) folded in, then the activation."""
-    conv, bn = module.c, module.bn
-    scale = bn.weight * torch.rsqrt(bn.running_var + bn.eps)
-    weight = conv.weight * scale[:, None, None, None]
-    bias = bn.bias - bn.running_mean * scale
-    return module.act(F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups))
-
-
-def _mb_conv(block: nn.Module, x: Tensor) -> Tensor:
-    y = _conv_bn(block.conv3, _conv_bn(block.conv2, _conv_bn(block.conv1, x)))
-    return block.act(x + block.drop_path(y))
 
 
 class _Strip(NamedTuple):
@@ -176,65 +278,3 @@ def _window_bias(attention: nn.Module, window: int, rows: int, columns: int, pro
     if prompts:
         parts.append(table.new_zeros(table.shape[0], rows * columns, prompts))
     return torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
-
-
-def _window_attention(
-    attention: nn.Module, window: int, x: Tensor, prompt: Tensor | None, attend: bool
-) -> tuple[Tensor, Tensor | None]:
-    """TinyViT's window attention on real tokens only.
-
-    Args:
-        attention: kornia's attention module (norm, qkv, proj, attention_biases).
-        window: side of the square windows in tokens.
-        x: (B, H, W, C) tokens before the norm.
-        prompt: (P, C) tokens that every window sees as extra keys and values, or ``None``.
-        attend: also let the prompts query all tokens of the map.
-
-    Returns:
-        (B, H, W, C) without the residual, and (B, P, C) attended prompts with their residual, or ``None``.
-    """
-    batch, height, width, _ = x.shape
-    heads, d = attention.num_heads, attention.key_dim
-
-    def project(tokens: Tensor) -> Tensor:
-        return attention.qkv(attention.norm(tokens)).unflatten(-1, (heads, 3 * d))
-
-    qkv = project(x)  # (B, H, W, heads, 3d)
-    # Keys and values that every window shares: one for all padding, then the prompts.
-    pad = project(x.new_zeros(1, x.shape[-1]))
-    shared = pad if prompt is None else torch.cat([pad, project(prompt)])
-    _, shared_k, shared_v = shared.transpose(0, 1).split(d, dim=-1)  # (heads, 1 + P, d)
-    n_prompts = 0 if prompt is None else len(prompt)
-
-    rows = []
-    for rs in _strips(height, window):
-        columns = []
-        for cs in _strips(width, window):
-            part = qkv[:, rs.start : rs.start + rs.count * rs.real, cs.start : cs.start + cs.count * cs.real]
-            part = part.unflatten(1, (rs.count, rs.real)).unflatten(3, (cs.count, cs.real))
-            # (B, nh, rh, nw, rw, heads, 3d) -> (B nh nw, heads, rh rw, 3d)
-            part = part.permute(0, 1, 3, 5, 2, 4, 6).reshape(-1, heads, rs.real * cs.real, 3 * d)
-            q, k, v = part.split(d, dim=-1)
-            first = 1 if rs.real * cs.real == window * window else 0  # a full window has no padding key
-            extra = slice(first, 1 + n_prompts)
-            if first < 1 + n_prompts:
-                k = torch.cat([k, shared_k[:, extra].expand(len(k), -1, -1, -1)], dim=2)
-                v = torch.cat([v, shared_v[:, extra].expand(len(v), -1, -1, -1)], dim=2)
-            bias = _window_bias(attention, window, rs.real, cs.real, n_prompts).to(q.dtype)
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias[None], scale=attention.scale)
-            out = out.unflatten(2, (rs.real, cs.real)).unflatten(0, (batch, rs.count, cs.count))
-            # (B, nh, nw, heads, rh, rw, d) -> (B, nh rh, nw rw, heads d)
-            out = out.permute(0, 1, 4, 2, 5, 3, 6).flatten(5).flatten(3, 4).flatten(1, 2)
-            columns.append(out)
-        rows.append(torch.cat(columns, dim=2) if len(columns) > 1 else columns[0])
-    mixed = attention.proj(torch.cat(rows, dim=1) if len(rows) > 1 else rows[0])
-
-    attended = None
-    if attend and prompt is not None:
-        _, k, v = qkv.flatten(1, 2).transpose(1, 2).split(d, dim=-1)  # (B, heads, HW, d)
-        k = torch.cat([k, shared_k[:, 1:].expand(batch, -1, -1, -1)], dim=2)
-        v = torch.cat([v, shared_v[:, 1:].expand(batch, -1, -1, -1)], dim=2)
-        q = shared.transpose(0, 1)[:, 1:, :d].expand(batch, -1, -1, -1)
-        out = F.scaled_dot_product_attention(q, k, v, scale=attention.scale)  # (B, heads, P, d)
-        attended = prompt + attention.proj(out.transpose(1, 2).flatten(2))
-    return mixed, attended

@@ -16,8 +16,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hspsam_monai.encoders import Level
+from hspsam_monai.encoders.constants import Constants
+from hspsam_monai.encoders.layers import Pointwise, add
 from hspsam_monai.errors import ConfigError
 from hspsam_monai.networks.layers import LayerNorm2d, SeparableResidual, mlp, resize
+from hspsam_monai.networks.two_way import two_way
 
 #: Channels of the four transposed convolutions of the paper's head, 256 -> 64 -> 32 -> 16 -> 8.
 PAPER_HEAD = (64, 32, 16, 8)
@@ -57,7 +60,7 @@ class HierarchicalDecoder(nn.Module):
             self.necks[-1] = nn.Identity()  # SAM's own neck stands there, inside the encoder
         deeper = [*widths[1:], widths[-1]]
         self.narrow = nn.ModuleList(
-            nn.Identity() if a == b else nn.Conv2d(a, b, 1) for a, b in zip(deeper, widths, strict=True)
+            nn.Identity() if a == b else Pointwise(a, b) for a, b in zip(deeper, widths, strict=True)
         )
         self.mixers = nn.ModuleList(nn.Identity() if paper else SeparableResidual(w) for w in widths)
         self.transformers = nn.ModuleList(
@@ -68,6 +71,7 @@ class HierarchicalDecoder(nn.Module):
         )
         self.prompted = prompted
         self.positions = PositionEmbeddingRandom(width // 2)
+        self._constants = Constants()
         # SAM's "no mask" embedding, frozen in the paper; zero until SAM's weights are loaded.
         self.register_buffer("no_mask", torch.zeros(width))
         self.iou_token = nn.Parameter(torch.randn(1, width))
@@ -96,21 +100,28 @@ class HierarchicalDecoder(nn.Module):
             if src is None:
                 src = x + self.no_mask[: x.shape[1], None, None]
             else:
-                src = resize(self.narrow[index](src), x.shape[-2:]) + x
+                src = add(resize(self.narrow[index](src), x.shape[-2:]), x)
             src = self.mixers[index](src)
             if self.prompted[index]:
                 prompt = prompts[index]
                 sparse = tokens if prompt is None else torch.cat([tokens, prompt.expand(batch, -1, -1)], dim=1)
                 h, w = src.shape[-2:]
-                # One copy serves the whole batch: SAM's transformer flattens both and adds them.
-                pe = self.positions((h, w))[None]
-                tokens, keys = self.transformers[index](src, pe, sparse)
+                cells = src.flatten(2).transpose(1, 2)
+                tokens, keys = two_way(self.transformers[index], cells, self._position((h, w)), sparse)
                 tokens = tokens[:, :kept]  # this level's prompts have done their work
                 src = keys.transpose(1, 2).unflatten(2, (h, w))
         up = self.upscale(src)
         filters = torch.stack([h(tokens[:, 1 + k]) for k, h in enumerate(self.hyper)], dim=1)  # (B, K, c)
         logits = torch.einsum("bkc,bchw->bkhw", filters, up.to(filters.dtype))
         return resize(logits.float(), size)
+
+    def _position(self, size: tuple[int, int]) -> Tensor:
+        """SAM's dense position encoding of a grid (h, w), as (1, h w, C)."""
+
+        def encode() -> Tensor:
+            return self.positions(size).flatten(1).transpose(0, 1)[None].contiguous()
+
+        return self._constants.get(size, [self.positions.positional_encoding_gaussian_matrix], encode)
 
     def load_sam(self, state: dict[str, Tensor]) -> list[str]:
         """Take what the paper keeps frozen from SAM's own file: position encoding and "no mask" embedding.
@@ -137,7 +148,7 @@ class HierarchicalDecoder(nn.Module):
 def _paper_neck(channels: int, width: int) -> nn.Sequential:
     """SAM's neck: 1x1 and 3x3 convolutions without bias, each followed by a layer norm."""
     return nn.Sequential(
-        nn.Conv2d(channels, width, 1, bias=False),
+        Pointwise(channels, width, bias=False),
         LayerNorm2d(width),
         nn.Conv2d(width, width, 3, padding=1, bias=False),
         LayerNorm2d(width),
@@ -145,7 +156,7 @@ def _paper_neck(channels: int, width: int) -> nn.Sequential:
 
 
 def _slim_neck(channels: int, width: int) -> nn.Sequential:
-    return nn.Sequential(nn.Conv2d(channels, width, 1, bias=False), LayerNorm2d(width))
+    return nn.Sequential(Pointwise(channels, width, bias=False), LayerNorm2d(width))
 
 
 class _NormGELU(LayerNorm2d):
@@ -168,7 +179,7 @@ def _head(width: int, stride: int, paper: bool) -> tuple[nn.Module, int]:
         for _ in range(steps):
             layers += [nn.ConvTranspose2d(width, width // 2, 2, 2), _NormGELU(width // 2)]
             width //= 2
-        return nn.Sequential(*layers, nn.Conv2d(width, SLIM_HEAD, 1)), SLIM_HEAD
+        return nn.Sequential(*layers, Pointwise(width, SLIM_HEAD)), SLIM_HEAD
     plan = (*PAPER_HEAD[: steps - 1], PAPER_HEAD[-1]) if steps else ()
     for index, channels in enumerate(plan):
         last = index == len(plan) - 1

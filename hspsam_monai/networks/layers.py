@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hspsam_monai.encoders.layers import Pointwise, add, gelu
+
 
 class LayerNorm2d(nn.Module):
     """Layer normalisation over the channels of (B, C, H, W); SAM's parameters and values, one fused kernel."""
@@ -42,14 +44,14 @@ class SeparableResidual(nn.Module):
         super().__init__()
         self.depthwise = nn.Conv2d(channels, channels, 3, padding=1, groups=channels)
         self.norm = LayerNorm2d(channels)
-        self.expand = nn.Conv2d(channels, expansion * channels, 1)
-        self.project = nn.Conv2d(expansion * channels, channels, 1)
+        self.expand = Pointwise(channels, expansion * channels)
+        self.project = Pointwise(expansion * channels, channels)
         nn.init.zeros_(self.project.weight)
         nn.init.zeros_(self.project.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, C, H, W) to the same shape."""
-        return x + self.project(F.gelu(self.expand(self.norm(self.depthwise(x)))))
+        return add(x, self.project(gelu(self.expand(self.norm(self.depthwise(x))))))
 
 
 def resize(x: Tensor, size: tuple[int, int]) -> Tensor:

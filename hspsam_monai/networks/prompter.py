@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from hspsam_monai.encoders import Level
+from hspsam_monai.encoders.constants import Constants
 from hspsam_monai.errors import ConfigError
 from hspsam_monai.networks.layers import mlp
 
@@ -55,6 +56,7 @@ class HierarchicalPrompter(nn.Module):
         self.queries = nn.ParameterList()
         self.answers = nn.ModuleList()
         self._slots: list[int | None] = []
+        self._constants = Constants()
         for level in levels:
             if level.prompt_dim is None or source == "none":
                 self._slots.append(None)
@@ -80,6 +82,13 @@ class HierarchicalPrompter(nn.Module):
         for slot, attended in zip(self._slots, tokens, strict=True):
             if slot is None:
                 answers.append(None)
+            elif self.source == "static":
+                answers.append(self._static_answer(slot))
             else:
-                answers.append(self.answers[slot](self.queries[slot] if self.source == "static" else attended))
+                answers.append(self.answers[slot](attended))
         return answers
+
+    def _static_answer(self, slot: int) -> Tensor:
+        """A_l (P, C) of the raw parameters: a constant of the task."""
+        query, generator = self.queries[slot], self.answers[slot]
+        return self._constants.get(slot, [query, *generator.parameters()], lambda: generator(query))

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hspsam_monai.errors import ConfigError
+from hspsam_monai.networks.two_way import two_way
 
 #: Point labels beyond SAM's own 1 (object), 0 (background), -1 (not a point): this slot is empty.
 ABSENT = -2
@@ -192,45 +193,3 @@ class SAMDecoder(nn.Module):
         masks = torch.einsum("bmc,bchw->bmhw", filters, up.to(filters.dtype))
         iou = decoder.iou_prediction_head(tokens[:, 0])
         return masks.unflatten(0, (batch, objects)), iou.unflatten(0, (batch, objects))
-
-
-def two_way(
-    transformer: nn.Module, keys: Tensor, position: Tensor, tokens: Tensor, valid: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """segment_anything's two-way transformer with a mask over tokens and fused attention.
-
-    Args:
-        transformer: a ``TwoWayTransformer``.
-        keys: image tokens (B, N, C).
-        position: their positions (B | 1, N, C).
-        tokens: (B, T, C).
-        valid: (B, T) bool, which tokens may be attended; ``None`` for all. The rows of the others mean nothing.
-
-    Returns:
-        Tokens (B, T, C) and image tokens (B, N, C).
-    """
-    mask = None if valid is None else valid[:, None, None, :]
-    queries = tokens
-    for layer in transformer.layers:
-        if layer.skip_first_layer_pe:
-            queries = _attend(layer.self_attn, queries, queries, queries, mask)
-        else:
-            q = queries + tokens
-            queries = queries + _attend(layer.self_attn, q, q, queries, mask)
-        queries = layer.norm1(queries)
-        k = keys + position
-        queries = layer.norm2(queries + _attend(layer.cross_attn_token_to_image, queries + tokens, k, keys))
-        queries = layer.norm3(queries + layer.mlp(queries))
-        q = queries + tokens
-        keys = layer.norm4(keys + _attend(layer.cross_attn_image_to_token, keys + position, q, queries, mask))
-    attended = _attend(transformer.final_attn_token_to_image, queries + tokens, keys + position, keys)
-    return transformer.norm_final_attn(queries + attended), keys
-
-
-def _attend(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """segment_anything's decoder attention on (B, N, C); ``mask`` (B, 1, 1, keys) bool, true takes part."""
-    q, k, v = (
-        layer(x).unflatten(-1, (module.num_heads, -1)).transpose(1, 2)
-        for layer, x in ((module.q_proj, q), (module.k_proj, k), (module.v_proj, v))
-    )
-    return module.out_proj(F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2))

@@ -1,0 +1,76 @@
+"""What depends on weights alone is computed once, not once an image.
+
+Position encodings, attention biases, keys and values of prompts are functions of parameters and sizes. While no
+gradient is asked for they are kept from one call to the next, and made again as soon as a parameter has changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+T = TypeVar("T")
+
+#: Entries a :class:`Constants` holds; images of ever new sizes must not fill the memory.
+CAPACITY = 64
+
+
+class Constants:
+    """Values derived from parameters, valid as long as the parameters are what they were.
+
+    A parameter counts as changed if it lies elsewhere in memory (moved, replaced) or was written to (an optimiser's
+    step, a loaded checkpoint): the value keeps its sources' memory alive, so no other tensor can take its place unseen.
+
+    Nothing is kept while gradients are on, while ``torch.compile`` or ``torch.export`` trace or a CUDA graph is being
+    captured (their tensors are not ours to keep), or of parameters made under ``inference_mode`` (their changes cannot
+    be seen). Copies and pickles of the owner start empty.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[Hashable, tuple[list[tuple[Tensor, int]], Any]] = {}
+
+    def get(self, key: Hashable, sources: Sequence[Tensor], compute: Callable[[], T]) -> T:
+        """Give the value of ``key``, computing it if it is not there or outdated.
+
+        Args:
+            key: what tells the values of one owner apart, such as a name and a size.
+            sources: the tensors it is a function of.
+            compute: makes it; a tensor or a tuple of tensors.
+        """
+        if not _may_keep(sources):
+            return compute()
+        device = sources[0].device.type
+        key = (key, torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None)
+        found = self._kept.get(key)
+        if found is not None and _same(found[0], sources):
+            return found[1]
+        value = compute()
+        if found is None and len(self._kept) >= CAPACITY:
+            self._kept.pop(next(iter(self._kept)))
+        self._kept[key] = ([(source.detach(), source._version) for source in sources], value)
+        return value
+
+    def __deepcopy__(self, memo: dict) -> Constants:
+        return Constants()
+
+    def __reduce__(self) -> tuple[type[Constants], tuple[()]]:
+        return Constants, ()
+
+
+def _may_keep(sources: Sequence[Tensor]) -> bool:
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.compiler.is_exporting():
+        return False
+    if any(source.is_cuda for source in sources) and torch.cuda.is_current_stream_capturing():
+        return False
+    return not any(source.is_inference() for source in sources)
+
+
+def _same(kept: Sequence[tuple[Tensor, int]], sources: Sequence[Tensor]) -> bool:
+    return len(kept) == len(sources) and all(
+        old.data_ptr() == new.data_ptr() and version == new._version and old.dtype == new.dtype
+        and old.shape == new.shape and old.device == new.device
+        for (old, version), new in zip(kept, sources, strict=True)
+    )  # fmt: skip

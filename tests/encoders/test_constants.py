@@ -1,0 +1,123 @@
+"""What is kept between calls must never outlive the parameters it came from."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from hspsam_monai.encoders import build_encoder
+from hspsam_monai.encoders.constants import CAPACITY, Constants
+from hspsam_monai.networks import HSPSAM
+
+
+class Counted:
+    def __init__(self, *sources):
+        self.sources, self.calls, self.constants = list(sources), 0, Constants()
+
+    def compute(self):
+        self.calls += 1
+        return sum(source.sum() for source in self.sources)
+
+    def get(self, key="a"):
+        return self.constants.get(key, self.sources, self.compute)
+
+
+@torch.no_grad()
+def test_computed_once_and_again_after_every_kind_of_change():
+    weight = nn.Parameter(torch.ones(3))
+    counted = Counted(weight)
+    assert counted.get() is counted.get()
+    assert counted.calls == 1
+    weight.add_(1)
+    assert counted.get() == 6
+    weight.copy_(torch.zeros(3))
+    assert counted.get() == 0
+    weight.data = torch.full((3,), 5.0)
+    assert counted.get() == 15
+    counted.sources = [nn.Parameter(torch.full((3,), 7.0))]
+    assert counted.get() == 21
+    assert counted.calls == 5
+
+
+def test_an_optimizer_step_is_seen():
+    weight = nn.Parameter(torch.ones(3))
+    counted = Counted(weight)
+    with torch.no_grad():
+        assert counted.get() == 3
+    weight.grad = torch.ones(3)
+    torch.optim.SGD([weight], 1.0).step()
+    with torch.no_grad():
+        assert counted.get() == 0
+
+
+def test_nothing_is_kept_while_gradients_are_on():
+    weight = nn.Parameter(torch.ones(3))
+    counted = Counted(weight)
+    counted.get().backward()
+    counted.get().backward()
+    assert counted.calls == 2
+    assert weight.grad.tolist() == [2, 2, 2]
+
+
+def test_autocast_and_precise_values_do_not_mix():
+    weight = nn.Parameter(torch.randn(4, 4))
+    constants = Constants()
+
+    def product():
+        return weight @ weight
+
+    with torch.no_grad():
+        with torch.autocast("cpu", torch.bfloat16):
+            assert constants.get("a", [weight], product).dtype == torch.bfloat16
+        assert constants.get("a", [weight], product).dtype == torch.float32
+
+
+@torch.no_grad()
+def test_parameters_made_in_inference_mode_are_never_trusted():
+    with torch.inference_mode():
+        weight = torch.ones(3)
+    counted = Counted(weight)
+    counted.get()
+    counted.get()
+    assert counted.calls == 2
+
+
+@torch.no_grad()
+def test_copies_start_empty_and_memory_is_bounded():
+    counted = Counted(nn.Parameter(torch.ones(1)))
+    for key in range(3 * CAPACITY):
+        counted.get(key)
+    assert len(counted.constants._kept) == CAPACITY
+    assert not copy.deepcopy(counted.constants)._kept
+    assert not pickle.loads(pickle.dumps(counted.constants))._kept
+
+
+@pytest.mark.parametrize("source", ["static", "image"])
+def test_a_network_that_kept_constants_follows_its_weights(source):
+    torch.manual_seed(0)
+    image = torch.rand(1, 3, 96, 64)
+    used = HSPSAM("mobile_sam", image_size=64, prompt_source=source, decoder="slim", adapt="full").eval()
+    other = HSPSAM("mobile_sam", image_size=64, prompt_source=source, decoder="slim", adapt="full").eval()
+    with torch.inference_mode():
+        before = used(image)
+        assert torch.equal(used(image), before)
+        expected = other(image)
+    used.load_state_dict(other.state_dict())
+    with torch.inference_mode():
+        assert torch.equal(used(image), expected)
+        assert not torch.equal(expected, before)
+    graded = used(image)  # with gradients on, nothing kept is used: the same values
+    torch.testing.assert_close(graded, expected, rtol=1e-5, atol=1e-5)
+    graded.square().mean().backward()
+
+
+def test_an_encoder_leaves_its_input_alone():
+    encoder = build_encoder("mobile_sam", image_size=64).eval()
+    image = torch.rand(2, 3, 64, 64)
+    before = image.clone()
+    with torch.inference_mode():
+        first = encoder(image).embedding
+        assert torch.equal(encoder(image).embedding, first)
+    assert torch.equal(image, before)
