@@ -290,8 +290,14 @@ def shared_folder() -> Path | None:
     return path if path.is_dir() else None
 
 
-def argument_parser(name: str, description: str) -> argparse.ArgumentParser:
-    """Make a parser with the options every benchmark has."""
+def argument_parser(name: str, description: str, *, data_required: bool = True) -> argparse.ArgumentParser:
+    """Make a parser with the options every benchmark has.
+
+    Args:
+        name: of the script.
+        description: its docstring; the first line is shown.
+        data_required: without ``--data`` and development data the parser refuses; else ``data`` is ``None``.
+    """
     parser = argparse.ArgumentParser(
         prog=f"{name}.py",
         description=description.splitlines()[0],
@@ -299,7 +305,7 @@ def argument_parser(name: str, description: str) -> argparse.ArgumentParser:
     )
     shared = shared_folder()
     parser.add_argument(
-        "--data", type=Path, required=shared is None, default=shared and shared / "data" / "polyp",
+        "--data", type=Path, required=data_required and shared is None, default=shared and shared / "data" / "polyp",
         help="folder of data sets, each with images/, masks/ and splits.json",
     )  # fmt: skip
     parser.add_argument(
