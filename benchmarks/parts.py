@@ -20,6 +20,8 @@ from hspsam_monai.encoders.sam_vit import VARIANTS
 Row = dict[str, Any]
 #: FLOP/s that the first guess of the remaining time assumes; corrected as soon as a case is done.
 _GUESS = {"cpu": 1e11, "cuda": 5e13}
+#: Seconds to build the networks of a case, for the same guess.
+_BUILD = 3.0
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ class Settings:
     def cost(self, flops: float, passes: int) -> float:
         """Guess the seconds of a case: ``passes`` forward passes of ``flops`` a round."""
         a_round = flops * passes / _GUESS[self.device.type]
-        return a_round + max(min(self.seconds, self.most * a_round), self.least * a_round)
+        return _BUILD + a_round + max(min(self.seconds, self.most * a_round), self.least * a_round)
 
 
 class Case(NamedTuple):

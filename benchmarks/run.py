@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import box_prompt
+import speed
 from common import RESULTS, shared_folder
 
 from hspsam_monai.bundle_path import bundle_root
@@ -26,20 +27,28 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--data", type=Path, default=shared and shared / "data" / "polyp", help="folder of data sets")
     parser.add_argument("--weights", type=Path, default=shared and shared / "weights", help="folder of mobile_sam.pt")
     parser.add_argument("--results", type=Path, default=RESULTS)
-    args, further = parser.parse_known_args(argv)
+    parser.add_argument("--quick", action="store_true", help="smoke run; never reaches RESULTS.md")
+    parser.add_argument("--dry", action="store_true", help="print the tables, leave the results file alone")
+    args = parser.parse_args(argv)
 
+    common = ["--results", str(args.results)] + ["--dry"] * args.dry
+    data = ["--data", str(args.data)] if args.data is not None else []
     failed = False
     missing = _missing(args.data, args.weights)
     if missing:
         print("box_prompt: not run.\n  " + "\n  ".join(missing))
     else:
-        weights = str(args.weights) if args.weights else "catalogue"
-        paths = ["--data", str(args.data), "--weights", weights, "--results", str(args.results)]
+        weights = ["--weights", str(args.weights) if args.weights else "catalogue"]
         try:
-            box_prompt.main([*paths, *further])
+            box_prompt.main([*common, *data, *weights, *(["--limit", "2"] if args.quick else [])])
         except HspsamError as error:
             failed = True
             print(f"box_prompt: failed. {error}", file=sys.stderr)
+    try:
+        failed |= bool(speed.main([*common, *data, *(["--quick"] if args.quick else [])]))
+    except HspsamError as error:
+        failed = True
+        print(f"speed: failed. {error}", file=sys.stderr)
     open_sections = unmeasured(args.results)
     print(f"Not measured in {args.results.name}: {', '.join(open_sections) or 'nothing'}. See benchmarks/README.md.")
     return int(failed)
