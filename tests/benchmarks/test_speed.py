@@ -1,5 +1,6 @@
 """The speed benchmark: turns, ratios, refusals, counted work, tables; and a smoke run from end to end."""
 
+import os
 import sys
 from functools import partial
 
@@ -255,14 +256,13 @@ def test_a_peak_is_what_a_run_holds_at_once():
     from fresh import peak_bytes
 
     def run():
-        kept = np.ones(2**25)  # 256 MiB
-        return float(kept[::4096].sum())
+        return float(np.ones(2**23)[::512].sum())  # 64 MiB
 
     found = peak_bytes(run, "cpu")
-    if not sys.platform.startswith("linux"):
-        assert found is None
+    if os.access("/proc/self/clear_refs", os.W_OK):
+        assert 60 <= found / 2**20 < 90  # the system counts pages in lots
     else:
-        assert 256 <= found / 2**20 < 300
+        assert found is None
 
 
 def test_memory_is_ours_over_each_peer():
@@ -322,7 +322,7 @@ def test_every_trainee_learns_what_it_says(monkeypatch):
         optimizer = trainee.optimizer()
         optimizer.param_groups[0]["lr"] = 1e-3
         before = [p.detach().clone() for p in trainee.network.parameters()]
-        losses = [float(speed_training.step(trainee, optimizer, label, "float32")) for _ in range(2)]
+        losses = [speed_training.step(trainee, optimizer, label, "float32").item() for _ in range(2)]
         assert np.isfinite(losses).all()
         moved = sum(not torch.equal(a, b) for a, b in zip(before, trainee.network.parameters(), strict=True))
         trained[name] = moved / len(before)
@@ -415,7 +415,12 @@ def test_settings_follow_the_device_and_a_part_of_the_sizes_is_not_published(mon
 
     def parsed(*words):
         found = {}
-        monkeypatch.setattr(speed, "run", lambda parts, settings, args, partial: found.update(s=settings, p=partial))
+
+        def run(parts, settings, args, partial):
+            found.update(s=settings, p=partial)
+            return False
+
+        monkeypatch.setattr(speed, "run", run)
         assert speed.main([*words]) == 0
         return found["s"], found["p"]
 
