@@ -7,20 +7,15 @@
 Only CSM and CCM learn. What depends on the supports alone is computed once (:meth:`ProxyPrompt.set_context`) and kept
 in the state dict; another task is another context, not another training.
 
-Where the paper is silent the choices are ours (P: drawn in the paper's figure): bidirectional scan over row-major
-tokens; bridge 1x1 conv, LN, GELU, 3x3 conv; the map (P) is a softmax over the top k support cells of
--|k_s - k_x|^2 / sqrt(C) on features scaled to length sqrt(C), times one learned sharpness, since frozen features of
-other lengths make it flat or hard; four blocks (P), each halving the tokens by a learned weighting of neighbours (P:
-16 in all); SAM's position encoding is added to both streams; attention half as wide as the tokens, as in SAM's decoder.
+The boxes of the paper's figure are :mod:`contextual_selection` (CSM) and :mod:`contextual_colorization` (CCM).
 """
 
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,13 +24,11 @@ from torch.nn import functional as F
 from hspsam_monai.encoders import build_encoder
 from hspsam_monai.encoders.weights import read_state, write_state
 from hspsam_monai.errors import ConfigError, DataError, WeightsError
-from hspsam_monai.networks.layers import LayerNorm2d, mlp, resize
+from hspsam_monai.networks.contextual_colorization import ContextualColorizationModule
+from hspsam_monai.networks.contextual_selection import Context, ContextualSelectiveModule, unit_cells
+from hspsam_monai.networks.layers import resize
 from hspsam_monai.networks.sam_decoder import WIDTH, SAMDecoder
-from hspsam_monai.networks.selective_scan import VisionMambaBlock
 from hspsam_monai.transforms import fit_image
-
-#: Colorization blocks (paper); each halves the tokens.
-BLOCKS = 4
 
 #: A target whose :meth:`ProxyPrompt.similarity` is below this is at least twice as far from the supports as they
 #: are from each other: warn.
@@ -46,236 +39,6 @@ CONTEXT = ("context_keys", "context_values", "context_reference", "context_print
 
 _CALIBRATORS = 16  # supports that stand in as targets when the reference distance is measured
 _LEAST_DISTANCE = 0.02  # copies among the supports must not make every other image look far
-
-
-class Context(NamedTuple):
-    """What the supports say, for each of B images (or 1 for all): M = K h w cells.
-
-    ``keys`` (B | 1, M, C) unit vectors; ``values`` (B | 1, M, N C) for N objects.
-    """
-
-    keys: Tensor
-    values: Tensor
-
-
-def unit_cells(features: Tensor) -> Tensor:
-    """Features (B, C, h, w) -> cells (B, h w, C) of length 1, float32."""
-    return F.normalize(features.float().flatten(2).transpose(1, 2), dim=-1)
-
-
-def selective_map(
-    queries: Tensor,
-    keys: Tensor,
-    top_k: int,
-    sharpness: Tensor | float = 1.0,
-    valid: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """CSM's selective map: which support cells speak for each target cell, and how loudly.
-
-    Softmax over the ``top_k`` nearest cells of -sharpness |k_s - k_x|^2 / sqrt(C) with features of length sqrt(C),
-    which is 2 sqrt(C) (cos - 1).
-
-    Args:
-        queries: (B, Q, C) unit cells of the targets.
-        keys: (B | 1, M, C) unit cells of the supports; no gradient reaches either (the encoder is frozen).
-        top_k: k cells kept; all where M is smaller.
-        sharpness: learned factor.
-        valid: (B | 1, M) bool, which support cells may speak; ``None`` for all. At least one must be.
-
-    Returns:
-        Weights (B, Q, k) that sum to 1 and indices (B, Q, k) into M.
-
-    Cost: O(B Q M C).
-    """
-    with torch.no_grad(), torch.autocast(queries.device.type, enabled=False):
-        cosine = queries.detach() @ keys.detach().transpose(1, 2)
-        if valid is not None:
-            cosine = cosine.masked_fill(~valid[:, None], -math.inf)
-        best, index = cosine.topk(min(top_k, keys.shape[1]), dim=-1)
-    return (sharpness * 2 * math.sqrt(queries.shape[-1]) * (best - 1)).softmax(-1), index
-
-
-def read_values(values: Tensor, weights: Tensor, index: Tensor) -> Tensor:
-    """E_ctx: the weighted sum of the chosen cells' values, without building the map or the gathered values.
-
-    Args:
-        values: (B | 1, M, V).
-        weights: (B, Q, k) float32.
-        index: (B, Q, k) into M.
-
-    Returns:
-        (B, Q, V) float32.
-    """
-    batch, queries, _ = index.shape
-    if len(values) > 1:
-        index = index + torch.arange(batch, device=index.device)[:, None, None] * values.shape[1]
-    bags = F.embedding_bag(
-        index.flatten(0, 1), values.float().flatten(0, 1), per_sample_weights=weights.flatten(0, 1), mode="sum"
-    )
-    return bags.unflatten(0, (batch, queries))
-
-
-class ContextualSelectiveModule(nn.Module):
-    """CSM: supports -> values that know the mask -> what they say of each target cell.
-
-    Args:
-        width: C of the encoder's embedding.
-        value_width: C^v of the Vision Mamba encoder.
-        stride: pixels per cell of the embedding, which is the patch of the Vision Mamba encoder.
-        depth: Vision Mamba blocks.
-        state: size of their state.
-        top_k: support cells kept for each target cell.
-    """
-
-    def __init__(
-        self,
-        width: int = WIDTH,
-        value_width: int = 192,
-        stride: int = 16,
-        depth: int = 2,
-        state: int = 8,
-        top_k: int = 32,
-    ) -> None:
-        super().__init__()
-        self.top_k = top_k
-        self.patch = nn.Conv2d(4, value_width, stride, stride)
-        self.blocks = nn.Sequential(*(VisionMambaBlock(value_width, state) for _ in range(depth)))
-        self.norm = nn.LayerNorm(value_width)
-        hidden = width // 2
-        self.bridge = nn.Sequential(
-            nn.Conv2d(value_width + width, hidden, 1),
-            LayerNorm2d(hidden),
-            nn.GELU(),
-            nn.Conv2d(hidden, width, 3, padding=1),
-        )
-        self.log_sharpness = nn.Parameter(torch.zeros(()))
-
-    def encode(self, images: Tensor, masks: Tensor) -> Tensor:
-        """CSM 1, images (S, 3, H, W) in [0, 1] and masks of one object each (S, H, W) in {0, 1} -> V (S, C^v, h, w)."""
-        x = self.patch(torch.cat([images, masks[:, None].to(images.dtype)], dim=1) * 2 - 1)
-        tokens = self.norm(self.blocks(x.flatten(2).transpose(1, 2)))
-        return tokens.transpose(1, 2).unflatten(2, tuple(x.shape[-2:]))
-
-    def aggregate(self, images: Tensor, masks: Tensor, features: Tensor) -> Tensor:
-        """CSM 1 and 2: the values of S supports for N objects.
-
-        Args:
-            images: (S, 3, H, W) in [0, 1].
-            masks: (S, N, H, W) in {0, 1}, one an object.
-            features: (S, C, h, w) frozen.
-
-        Returns:
-            A_agg (S, N, C, h, w).
-        """
-        supports, objects = masks.shape[:2]
-        repeated = images[:, None].expand(-1, objects, -1, -1, -1).flatten(0, 1)
-        v = self.encode(repeated, masks.flatten(0, 1))
-        features = features[:, None].expand(-1, objects, -1, -1, -1).flatten(0, 1)
-        return self.bridge(torch.cat([v, features.to(v.dtype)], dim=1)).unflatten(0, (supports, objects))
-
-    def forward(self, features: Tensor, context: Context, valid: Tensor | None = None) -> Tensor:
-        """CSM 3, target features (B, C, h, w) -> E_ctx (B, N, C, h, w), float32; ``valid`` as in the map."""
-        weights, index = selective_map(
-            unit_cells(features), context.keys, self.top_k, self.log_sharpness.float().exp(), valid
-        )
-        read = read_values(context.values, weights, index)  # (B, h w, N C)
-        width, grid = features.shape[1], tuple(features.shape[-2:])
-        return read.unflatten(2, (-1, width)).permute(0, 2, 3, 1).unflatten(3, grid)
-
-
-class TokenMerge(nn.Module):
-    """Strided merging: two neighbours along one axis, each channel in its own proportion, then a projection.
-
-    An odd last row or column is paired with itself.
-    """
-
-    def __init__(self, width: int, axis: int) -> None:
-        super().__init__()
-        self.axis = axis
-        self.share = nn.Parameter(torch.full((2, width), 0.5))
-        self.project = nn.Linear(width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (B, h, w, C) to half of h (axis 1) or w (axis 2), rounded up."""
-        if x.shape[self.axis] % 2:
-            x = torch.cat([x, x.narrow(self.axis, x.shape[self.axis] - 1, 1)], dim=self.axis)
-        first, second = x.unflatten(self.axis, (-1, 2)).unbind(self.axis + 1)
-        return self.project(first * self.share[0] + second * self.share[1])
-
-
-class CrossAttention(nn.Module):
-    """x + attention of LN(x) to LN(other), then x + FFN(LN(x)): one half of a colorization block."""
-
-    def __init__(self, width: int, heads: int, ffn_width: int) -> None:
-        super().__init__()
-        inner = width // 2
-        self.heads = heads
-        self.norm_x, self.norm_other, self.norm_ffn = (nn.LayerNorm(width) for _ in range(3))
-        # A bias of the keys would add the same to all scores of a query: softmax does not see it.
-        self.q, self.v, self.k = nn.Linear(width, inner), nn.Linear(width, inner), nn.Linear(width, inner, bias=False)
-        self.out = nn.Linear(inner, width)
-        self.ffn = mlp([width, ffn_width, width], nn.GELU)
-
-    def forward(self, x: Tensor, other: Tensor) -> Tensor:
-        """Tokens x (B, T, C) attend to others (B, T', C)."""
-        other = self.norm_other(other)
-        q, k, v = (
-            layer(t).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            for layer, t in ((self.q, self.norm_x(x)), (self.k, other), (self.v, other))
-        )
-        x = x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-        return x + self.ffn(self.norm_ffn(x))
-
-
-class ColorizationBlock(nn.Module):
-    """Dual-reverse cross-attention: x attends to e, then e to the updated x; both residuals start at the projection."""
-
-    def __init__(self, width: int, heads: int, ffn_width: int, axis: int) -> None:
-        super().__init__()
-        self.merge_x, self.merge_e = TokenMerge(width, axis), TokenMerge(width, axis)
-        self.x_to_e, self.e_to_x = CrossAttention(width, heads, ffn_width), CrossAttention(width, heads, ffn_width)
-
-    def forward(self, x: Tensor, e: Tensor) -> tuple[Tensor, Tensor]:
-        """Both (B, h, w, C) with half of one axis afterwards."""
-        x, e = self.merge_x(x), self.merge_e(e)
-        grid = tuple(x.shape[1:3])
-        x, e = x.flatten(1, 2), e.flatten(1, 2)
-        x = self.x_to_e(x, e)
-        e = self.e_to_x(e, x)
-        return x.unflatten(1, grid), e.unflatten(1, grid)
-
-
-class ContextualColorizationModule(nn.Module):
-    """CCM: target features coloured by the context -> proxy tokens.
-
-    Args:
-        width: C.
-        heads: of each attention.
-        ffn_width: inside the feed-forward layers.
-    """
-
-    def __init__(self, width: int = WIDTH, heads: int = 8, ffn_width: int = 256) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(ColorizationBlock(width, heads, ffn_width, 2 - i % 2) for i in range(BLOCKS))
-        self.norm = nn.LayerNorm(width)
-
-    def forward(self, features: Tensor, context: Tensor, position: Tensor) -> Tensor:
-        """Make the prompt.
-
-        Args:
-            features: F_x (B, C, h, w).
-            context: E_ctx (B, N, C, h, w).
-            position: (C, h, w), SAM's encoding of each cell.
-
-        Returns:
-            (B N, ceil(h/4) ceil(w/4), C).
-        """
-        objects = context.shape[1]
-        x = (features + position)[:, None].expand(-1, objects, -1, -1, -1).flatten(0, 1).permute(0, 2, 3, 1)
-        e = (context.to(features.dtype) + position).flatten(0, 1).permute(0, 2, 3, 1)
-        for block in self.blocks:
-            x, e = block(x, e)
-        return self.norm(e.flatten(1, 2))
 
 
 class ProxyPrompt(nn.Module):

@@ -1,4 +1,4 @@
-"""Proxy Prompt: selective map, colorization, contexts that are stored, saved, refused."""
+"""Proxy Prompt: the network, and contexts that are stored, saved, refused."""
 
 import copy
 import json
@@ -7,20 +7,12 @@ import math
 import pytest
 import torch
 from monai.bundle import ConfigParser
-from torch import nn
 
 from hspsam_monai.encoders.weights import write_state
 from hspsam_monai.errors import ConfigError, DataError, WeightsError
 from hspsam_monai.networks import SAMSP, ProxyPrompt, load_checkpoint, load_pretrained
-from hspsam_monai.networks.proxy_prompt import (
-    CONTEXT,
-    FAR,
-    ContextualColorizationModule,
-    ContextualSelectiveModule,
-    read_values,
-    selective_map,
-    unit_cells,
-)
+from hspsam_monai.networks.contextual_selection import unit_cells
+from hspsam_monai.networks.proxy_prompt import CONTEXT, FAR
 from hspsam_monai.training import DiceCE
 
 SMALL = {"image_size": 64, "value_width": 16, "mamba_depth": 1, "mamba_state": 2, "ffn_width": 32}
@@ -42,69 +34,6 @@ def supports(count, classes=2, size=64, seed=0):
 @pytest.fixture(scope="module")
 def network():
     return build().eval()
-
-
-# -- selective map
-
-
-def cells(*shape):
-    return nn.functional.normalize(torch.randn(*shape), dim=-1)
-
-
-def test_map_over_all_cells_is_the_softmax_of_distances():
-    q, k, values = cells(2, 5, 64), cells(2, 9, 64), torch.randn(2, 9, 7)
-    scaled_q, scaled_k = q * 8, k * 8  # length sqrt(C)
-    expected = (-torch.cdist(scaled_q, scaled_k).square() / math.sqrt(64)).softmax(-1) @ values
-    for top_k in (9, 100):
-        assert torch.allclose(read_values(values, *selective_map(q, k, top_k)), expected, atol=1e-5)
-
-
-def test_map_keeps_the_nearest_cells_and_only_valid_ones():
-    q, k, values = cells(2, 5, 16), cells(1, 9, 16), torch.randn(1, 9, 3)
-    valid = torch.ones(1, 9, dtype=torch.bool)
-    valid[0, 4] = False
-    weights, index = selective_map(q, k, 3, sharpness=2.0, valid=valid)
-    for b in range(2):
-        for i in range(5):
-            score = 2 * 2 * 4 * (k[0] @ q[b, i] - 1)
-            score[4] = -math.inf
-            best = score.argsort(descending=True)[:3]
-            w = score[best].softmax(0)
-            assert index[b, i].tolist() == best.tolist() and torch.allclose(weights[b, i], w, atol=1e-6)
-            assert torch.allclose(read_values(values, weights, index)[b, i], w @ values[0, best], atol=1e-6)
-
-
-def test_the_order_of_supports_does_not_matter():
-    q, k, values = cells(1, 6, 32), cells(1, 40, 32), torch.randn(1, 40, 5)
-    order = torch.randperm(40)
-    first = read_values(values, *selective_map(q, k, 8))
-    second = read_values(values[:, order], *selective_map(q, k[:, order], 8))
-    assert torch.allclose(first, second, atol=1e-6)
-
-
-@torch.no_grad()
-def test_shapes_of_both_modules():
-    csm = ContextualSelectiveModule(32, 16, 16, depth=1, state=2, top_k=4)
-    images, masks = torch.rand(3, 3, 64, 96), torch.zeros(3, 2, 64, 96)
-    assert csm.encode(images, masks[:, 0]).shape == (3, 16, 4, 6)
-    features = torch.randn(3, 32, 4, 6)
-    a = csm.aggregate(images, masks, features)
-    assert a.shape == (3, 2, 32, 4, 6)
-    ccm = ContextualColorizationModule(32, heads=4, ffn_width=16)
-    for h, w, tokens in ((4, 6, 2), (8, 8, 4), (6, 10, 6), (2, 2, 1)):
-        features, position = torch.randn(2, 32, h, w), torch.randn(32, h, w)
-        assert ccm(features, torch.randn(2, 3, 32, h, w), position).shape == (6, tokens, 32)
-
-
-@torch.no_grad()
-def test_e_attends_to_the_updated_x():
-    block = ContextualColorizationModule(32, 4, 16).blocks[0]
-    x, e = torch.randn(1, 4, 4, 32), torch.randn(1, 4, 4, 32)
-    x_merged, e_merged = block.merge_x(x).flatten(1, 2), block.merge_e(e).flatten(1, 2)
-    updated = block.x_to_e(x_merged, e_merged)
-    found_x, found_e = block(x, e)
-    assert found_x.shape == (1, 4, 2, 32) and torch.equal(found_x.flatten(1, 2), updated)
-    assert torch.equal(found_e.flatten(1, 2), block.e_to_x(e_merged, updated))
 
 
 # -- the network

@@ -1,0 +1,158 @@
+"""CSM, the contextual selective module of Proxy Prompt: what the supports say of each cell of a target.
+
+    masks + images, F_sup -> Vision Mamba -> bridge -> values that know the mask
+    F_x, F_sup -> selective map (top k) -> E_ctx, the values of the support cells that speak for each target cell
+
+Where the paper (arXiv 2502.03501) is silent the choices are ours (P: drawn in its figure): bidirectional scan over
+row-major tokens; bridge 1x1 conv, LN, GELU, 3x3 conv; the map (P) is a softmax over the top k support cells of
+-|k_s - k_x|^2 / sqrt(C) on features scaled to length sqrt(C), times one learned sharpness, since frozen features of
+other lengths make it flat or hard.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hspsam_monai.networks.layers import LayerNorm2d
+from hspsam_monai.networks.sam_decoder import WIDTH
+from hspsam_monai.networks.selective_scan import VisionMambaBlock
+
+
+class Context(NamedTuple):
+    """What the supports say, for each of B images (or 1 for all): M = K h w cells.
+
+    ``keys`` (B | 1, M, C) unit vectors; ``values`` (B | 1, M, N C) for N objects.
+    """
+
+    keys: Tensor
+    values: Tensor
+
+
+def unit_cells(features: Tensor) -> Tensor:
+    """Features (B, C, h, w) -> cells (B, h w, C) of length 1, float32."""
+    return F.normalize(features.float().flatten(2).transpose(1, 2), dim=-1)
+
+
+def selective_map(
+    queries: Tensor,
+    keys: Tensor,
+    top_k: int,
+    sharpness: Tensor | float = 1.0,
+    valid: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """CSM's selective map: which support cells speak for each target cell, and how loudly.
+
+    Softmax over the ``top_k`` nearest cells of -sharpness |k_s - k_x|^2 / sqrt(C) with features of length sqrt(C),
+    which is 2 sqrt(C) (cos - 1).
+
+    Args:
+        queries: (B, Q, C) unit cells of the targets.
+        keys: (B | 1, M, C) unit cells of the supports; no gradient reaches either (the encoder is frozen).
+        top_k: k cells kept; all where M is smaller.
+        sharpness: learned factor.
+        valid: (B | 1, M) bool, which support cells may speak; ``None`` for all. At least one must be.
+
+    Returns:
+        Weights (B, Q, k) that sum to 1 and indices (B, Q, k) into M.
+
+    Cost: O(B Q M C).
+    """
+    with torch.no_grad(), torch.autocast(queries.device.type, enabled=False):
+        cosine = queries.detach() @ keys.detach().transpose(1, 2)
+        if valid is not None:
+            cosine = cosine.masked_fill(~valid[:, None], -math.inf)
+        best, index = cosine.topk(min(top_k, keys.shape[1]), dim=-1)
+    return (sharpness * 2 * math.sqrt(queries.shape[-1]) * (best - 1)).softmax(-1), index
+
+
+def read_values(values: Tensor, weights: Tensor, index: Tensor) -> Tensor:
+    """E_ctx: the weighted sum of the chosen cells' values, without building the map or the gathered values.
+
+    Args:
+        values: (B | 1, M, V).
+        weights: (B, Q, k) float32.
+        index: (B, Q, k) into M.
+
+    Returns:
+        (B, Q, V) float32.
+    """
+    batch, queries, _ = index.shape
+    if len(values) > 1:
+        index = index + torch.arange(batch, device=index.device)[:, None, None] * values.shape[1]
+    bags = F.embedding_bag(
+        index.flatten(0, 1), values.float().flatten(0, 1), per_sample_weights=weights.flatten(0, 1), mode="sum"
+    )
+    return bags.unflatten(0, (batch, queries))
+
+
+class ContextualSelectiveModule(nn.Module):
+    """CSM: supports -> values that know the mask -> what they say of each target cell.
+
+    Args:
+        width: C of the encoder's embedding.
+        value_width: C^v of the Vision Mamba encoder.
+        stride: pixels per cell of the embedding, which is the patch of the Vision Mamba encoder.
+        depth: Vision Mamba blocks.
+        state: size of their state.
+        top_k: support cells kept for each target cell.
+    """
+
+    def __init__(
+        self,
+        width: int = WIDTH,
+        value_width: int = 192,
+        stride: int = 16,
+        depth: int = 2,
+        state: int = 8,
+        top_k: int = 32,
+    ) -> None:
+        super().__init__()
+        self.top_k = top_k
+        self.patch = nn.Conv2d(4, value_width, stride, stride)
+        self.blocks = nn.Sequential(*(VisionMambaBlock(value_width, state) for _ in range(depth)))
+        self.norm = nn.LayerNorm(value_width)
+        hidden = width // 2
+        self.bridge = nn.Sequential(
+            nn.Conv2d(value_width + width, hidden, 1),
+            LayerNorm2d(hidden),
+            nn.GELU(),
+            nn.Conv2d(hidden, width, 3, padding=1),
+        )
+        self.log_sharpness = nn.Parameter(torch.zeros(()))
+
+    def encode(self, images: Tensor, masks: Tensor) -> Tensor:
+        """CSM 1, images (S, 3, H, W) in [0, 1] and masks of one object each (S, H, W) in {0, 1} -> V (S, C^v, h, w)."""
+        x = self.patch(torch.cat([images, masks[:, None].to(images.dtype)], dim=1) * 2 - 1)
+        tokens = self.norm(self.blocks(x.flatten(2).transpose(1, 2)))
+        return tokens.transpose(1, 2).unflatten(2, tuple(x.shape[-2:]))
+
+    def aggregate(self, images: Tensor, masks: Tensor, features: Tensor) -> Tensor:
+        """CSM 1 and 2: the values of S supports for N objects.
+
+        Args:
+            images: (S, 3, H, W) in [0, 1].
+            masks: (S, N, H, W) in {0, 1}, one an object.
+            features: (S, C, h, w) frozen.
+
+        Returns:
+            A_agg (S, N, C, h, w).
+        """
+        supports, objects = masks.shape[:2]
+        repeated = images[:, None].expand(-1, objects, -1, -1, -1).flatten(0, 1)
+        v = self.encode(repeated, masks.flatten(0, 1))
+        features = features[:, None].expand(-1, objects, -1, -1, -1).flatten(0, 1)
+        return self.bridge(torch.cat([v, features.to(v.dtype)], dim=1)).unflatten(0, (supports, objects))
+
+    def forward(self, features: Tensor, context: Context, valid: Tensor | None = None) -> Tensor:
+        """CSM 3, target features (B, C, h, w) -> E_ctx (B, N, C, h, w), float32; ``valid`` as in the map."""
+        weights, index = selective_map(
+            unit_cells(features), context.keys, self.top_k, self.log_sharpness.float().exp(), valid
+        )
+        read = read_values(context.values, weights, index)  # (B, h w, N C)
+        width, grid = features.shape[1], tuple(features.shape[-2:])
+        return read.unflatten(2, (-1, width)).permute(0, 2, 3, 1).unflatten(3, grid)

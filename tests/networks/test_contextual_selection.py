@@ -1,0 +1,52 @@
+"""Proxy Prompt's selective module: which support cells speak for a target cell, and the shapes of what they say."""
+
+import math
+
+import torch
+from torch import nn
+
+from hspsam_monai.networks.contextual_selection import ContextualSelectiveModule, read_values, selective_map
+
+
+def cells(*shape):
+    return nn.functional.normalize(torch.randn(*shape), dim=-1)
+
+
+def test_map_over_all_cells_is_the_softmax_of_distances():
+    q, k, values = cells(2, 5, 64), cells(2, 9, 64), torch.randn(2, 9, 7)
+    scaled_q, scaled_k = q * 8, k * 8  # length sqrt(C)
+    expected = (-torch.cdist(scaled_q, scaled_k).square() / math.sqrt(64)).softmax(-1) @ values
+    for top_k in (9, 100):
+        assert torch.allclose(read_values(values, *selective_map(q, k, top_k)), expected, atol=1e-5)
+
+
+def test_map_keeps_the_nearest_cells_and_only_valid_ones():
+    q, k, values = cells(2, 5, 16), cells(1, 9, 16), torch.randn(1, 9, 3)
+    valid = torch.ones(1, 9, dtype=torch.bool)
+    valid[0, 4] = False
+    weights, index = selective_map(q, k, 3, sharpness=2.0, valid=valid)
+    for b in range(2):
+        for i in range(5):
+            score = 2 * 2 * 4 * (k[0] @ q[b, i] - 1)
+            score[4] = -math.inf
+            best = score.argsort(descending=True)[:3]
+            w = score[best].softmax(0)
+            assert index[b, i].tolist() == best.tolist() and torch.allclose(weights[b, i], w, atol=1e-6)
+            assert torch.allclose(read_values(values, weights, index)[b, i], w @ values[0, best], atol=1e-6)
+
+
+def test_the_order_of_supports_does_not_matter():
+    q, k, values = cells(1, 6, 32), cells(1, 40, 32), torch.randn(1, 40, 5)
+    order = torch.randperm(40)
+    first = read_values(values, *selective_map(q, k, 8))
+    second = read_values(values[:, order], *selective_map(q, k[:, order], 8))
+    assert torch.allclose(first, second, atol=1e-6)
+
+
+@torch.no_grad()
+def test_shapes():
+    csm = ContextualSelectiveModule(32, 16, 16, depth=1, state=2, top_k=4)
+    images, masks = torch.rand(3, 3, 64, 96), torch.zeros(3, 2, 64, 96)
+    assert csm.encode(images, masks[:, 0]).shape == (3, 16, 4, 6)
+    features = torch.randn(3, 32, 4, 6)
+    assert csm.aggregate(images, masks, features).shape == (3, 2, 32, 4, 6)
