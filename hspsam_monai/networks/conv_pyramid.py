@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from hspsam_monai.encoders import build_encoder
 from hspsam_monai.networks.adaptation import LORA_RANK, set_adaptation
+from hspsam_monai.networks.arguments import check_arguments
 from hspsam_monai.networks.layers import LayerNorm2d, resize
 
 
@@ -25,6 +26,9 @@ class ConvPyramidSAM(nn.Module):
         lora_rank: rank of the updates when ``adapt`` is ``lora``.
         width: channels of the pyramid.
         dropout: probability of dropping channels before the head, in train mode only.
+
+    Raises:
+        ConfigError: an argument is out of range.
     """
 
     def __init__(
@@ -38,6 +42,7 @@ class ConvPyramidSAM(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
+        check_arguments(num_classes, dropout)
         self.encoder = build_encoder(
             encoder, image_size=image_size, lora_rank=lora_rank if adapt == "lora" else 0, embedding=False
         )

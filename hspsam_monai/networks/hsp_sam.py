@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hspsam_monai.encoders import build_encoder
-from hspsam_monai.errors import ConfigError
 from hspsam_monai.networks.adaptation import LORA_RANK, set_adaptation
+from hspsam_monai.networks.arguments import check_arguments
 from hspsam_monai.networks.hierarchical_decoder import HierarchicalDecoder
 from hspsam_monai.networks.prompter import HierarchicalPrompter
 
@@ -56,12 +56,7 @@ class HSPSAM(nn.Module):
         in_channels: int = 3,
     ) -> None:
         super().__init__()
-        if num_classes < 2:
-            raise ConfigError(f"num_classes is {num_classes}; expected background and at least one class, so 2.")
-        if in_channels != 3:
-            raise ConfigError(f"in_channels is {in_channels}; SAM's encoders read 3 channels (repeat a grey image).")
-        if not 0.0 <= dropout < 1.0:
-            raise ConfigError(f"dropout is {dropout}; expected a probability in [0, 1).")
+        check_arguments(num_classes, dropout, in_channels)
         self.encoder = build_encoder(
             encoder,
             image_size=image_size,

@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from hspsam_monai.encoders import build_encoder
 from hspsam_monai.encoders.weights import read_state, write_state
 from hspsam_monai.errors import ConfigError, DataError, WeightsError
+from hspsam_monai.networks.arguments import check_arguments
 from hspsam_monai.networks.contextual_colorization import ContextualColorizationModule
 from hspsam_monai.networks.contextual_selection import Context, ContextualSelectiveModule, unit_cells
 from hspsam_monai.networks.layers import resize
@@ -75,10 +76,7 @@ class ProxyPrompt(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        if num_classes < 2:
-            raise ConfigError(f"num_classes is {num_classes}; expected background and at least one class, so 2.")
-        if not 0.0 <= dropout < 1.0:
-            raise ConfigError(f"dropout is {dropout}; expected a probability in [0, 1).")
+        check_arguments(num_classes, dropout)
         for name, value in (("value_width", value_width), ("mamba_depth", mamba_depth), ("mamba_state", mamba_state),
                             ("top_k", top_k), ("heads", heads), ("ffn_width", ffn_width)):  # fmt: skip
             if value < 1:

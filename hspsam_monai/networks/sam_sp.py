@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from hspsam_monai.encoders import build_encoder
 from hspsam_monai.errors import ConfigError
 from hspsam_monai.networks.adaptation import set_adaptation
+from hspsam_monai.networks.arguments import check_arguments
 from hspsam_monai.networks.layers import resize
 from hspsam_monai.networks.sam_decoder import WIDTH, Prompts, SAMDecoder
 from hspsam_monai.networks.self_prompts import KINDS, self_prompts
@@ -66,10 +67,9 @@ class SAMSP(nn.Module):
     ) -> None:
         super().__init__()
         kinds = (prompt,) if isinstance(prompt, str) else tuple(prompt)
+        check_arguments(num_classes, dropout)
         if steps < 0:
             raise ConfigError(f"steps is {steps}; expected 0 or more.")
-        if num_classes < 2:
-            raise ConfigError(f"num_classes is {num_classes}; expected background and at least one class, so 2.")
         if steps and (not kinds or any(kind not in KINDS for kind in kinds)):
             raise ConfigError(f"prompt is {prompt!r}; expected some of {', '.join(KINDS)}.")
         self.encoder = build_encoder(encoder, image_size=image_size, lora_rank=lora_rank if adapt == "lora" else 0)
