@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import logging
 import math
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,18 @@ from typing import Any
 import numpy as np
 from ignite.engine import Engine, Events
 from monai.engines.utils import IterationEvents
-from torch import Tensor
+from torch import Tensor, nn
 
 from hspsam_monai.data import TolerantDataset, read_image
 from hspsam_monai.errors import DataError
+from hspsam_monai.inference import Closeness
+from hspsam_monai.networks.proxy_prompt import FAR
 from hspsam_monai.report import GalleryItem, gallery_html, gallery_png, learning_curve_png
 from hspsam_monai.scores import CaseScore, score_masks, summarise, write_case_table, write_summary
 
 logger = logging.getLogger(__name__)
+
+_NAMED = 8  # cases a warning lists by name
 
 
 def confidence(logits: Tensor) -> float:
@@ -49,6 +54,8 @@ class CaseReport:
         meta: anything worth keeping in ``summary.json`` (model, data, split).
         surface: also HD95 and NSD, in pixels.
         sheet: also draw ``gallery.png``; off where masks lie in the same folder and one could have that name.
+        network: the evaluator's network. One that is prompted by supports (Proxy Prompt) then tells how close each
+            image is to them: a column of the table, and a warning for images that are far from all.
     """
 
     def __init__(
@@ -59,6 +66,7 @@ class CaseReport:
         meta: dict[str, Any] | None = None,
         surface: bool = False,
         sheet: bool = True,
+        network: nn.Module | None = None,
     ) -> None:
         self.folder, self.title, self.meta, self.surface = Path(folder), title, dict(meta or {}), surface
         self.sheet = sheet
@@ -66,6 +74,7 @@ class CaseReport:
         self.rows: list[CaseScore] = []
         self.items: list[GalleryItem] = []
         self._confidences: list[float] = []
+        self._closeness = Closeness(network)
 
     def attach(self, engine: Engine) -> None:
         """Attach to the evaluator."""
@@ -74,6 +83,7 @@ class CaseReport:
         engine.add_event_handler(IterationEvents.FORWARD_COMPLETED, self._read_confidence)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._collect)
         engine.add_event_handler(Events.COMPLETED, self._write)
+        self._closeness.attach(engine)
 
     def _start(self, engine: Engine) -> None:
         self.rows, self.items = [], []
@@ -84,7 +94,8 @@ class CaseReport:
     def _collect(self, engine: Engine) -> None:
         batch = engine.state.batch
         names = batch["case"] if isinstance(batch, dict) else [item["case"] for item in batch]
-        for output, name, sure in zip(engine.state.output, names, self._confidences, strict=True):
+        near = self._closeness.values or [None] * len(names)
+        for output, name, sure, close in zip(engine.state.output, names, self._confidences, near, strict=True):
             prediction = _indices(output["pred"])
             source = str(output["image"].meta["filename_or_obj"])
             truth = _indices(output["label"]) if output.get("label") is not None else None
@@ -98,10 +109,11 @@ class CaseReport:
                     truth_pixels=(),
                     pred_pixels=tuple(int((prediction == k).sum()) for k in foreground),
                     confidence=sure,
+                    similarity=close,
                 )
             else:
                 scores = score_masks(prediction, truth, len(self.labels), surface=self.surface)
-                row = CaseScore.from_scores(name, Path(source).name, scores, confidence=sure)
+                row = CaseScore.from_scores(name, Path(source).name, scores, confidence=sure, similarity=close)
             self.rows.append(row)
             # Images are read again when the page is made and masks wait as bits, so a large cohort fits in memory.
             self.items.append(
@@ -112,6 +124,7 @@ class CaseReport:
                     prediction=self._pack(prediction),
                     scores=row if truth is not None else None,
                     confidence=sure,
+                    note="" if close is None else f"similarity to the supports {close:.2f}",
                 )
             )
 
@@ -125,6 +138,9 @@ class CaseReport:
         self.folder.mkdir(parents=True, exist_ok=True)
         names = list(self.labels)[1:]
         write_case_table(self.folder / "cases.csv", self.rows, names)
+        warning = far_from_supports(self.rows)
+        if warning:
+            logger.warning("%s", warning)
         scored = all(row.dice for row in self.rows)
         summary = summarise(self.rows, class_names=names) if scored else None
         if summary is not None:
@@ -138,8 +154,25 @@ class CaseReport:
                 logger.info("  %s: %s", source, _short(values))
         if self.sheet:
             gallery_png(self.folder / "gallery.png", self.items, title=self.title)
-        gallery_html(self.folder / "gallery.html", self.items, summary, self.title)
+        gallery_html(self.folder / "gallery.html", self.items, summary, self.title, warning=warning)
         logger.info("Tables and pictures are in %s; open gallery.html.", self.folder)
+
+
+def far_from_supports(rows: Sequence[CaseScore]) -> str:
+    """One sentence that names the images no support is close to; empty where there is none."""
+    far = sorted((row for row in rows if row.similarity is not None and row.similarity < FAR), key=_similarity)
+    if not far:
+        return ""
+    named = ", ".join(f"{row.case} ({row.similarity:.2f})" for row in far[:_NAMED])
+    more = f" and {len(far) - _NAMED} more" if len(far) > _NAMED else ""
+    return (
+        f"{len(far)} of {len(rows)} images are unlike every support (similarity below {FAR:g}): {named}{more}. Do not "
+        "trust their masks; add supports that look like them."
+    )
+
+
+def _similarity(row: CaseScore) -> float:
+    return row.similarity or 0.0
 
 
 class LearningCurve:

@@ -142,7 +142,8 @@ class CaseScore:
 
     ``dice``, ``iou``, ``hd95``, ``nsd``, ``truth_pixels`` and ``pred_pixels`` hold one value for each of the
     K - 1 foreground classes; ``hd95`` and ``nsd`` are empty where they were not asked for. ``confidence`` is
-    the model's own, in [0, 1], where it gives one. A case named ``source/ID`` belongs to ``source``.
+    the model's own, in [0, 1], where it gives one; ``similarity`` that of the image to the supports of a network
+    prompted by examples, in (0, 1]. A case named ``source/ID`` belongs to ``source``.
     """
 
     case: str
@@ -154,14 +155,20 @@ class CaseScore:
     hd95: tuple[float, ...] = ()
     nsd: tuple[float, ...] = ()
     confidence: float | None = None
+    similarity: float | None = None
 
     @classmethod
     def from_scores(
-        cls, case: str, image: str | Path, scores: Mapping[str, Any], confidence: float | None = None
+        cls,
+        case: str,
+        image: str | Path,
+        scores: Mapping[str, Any],
+        confidence: float | None = None,
+        similarity: float | None = None,
     ) -> CaseScore:
         """Make a row of the result of :func:`score_masks`."""
         values = {name: tuple(scores.get(name, ())) for name in (*METRICS, "truth_pixels", "pred_pixels")}
-        return cls(case=case, image=str(image), confidence=confidence, **values)
+        return cls(case=case, image=str(image), confidence=confidence, similarity=similarity, **values)
 
     @property
     def mean_dice(self) -> float:
@@ -188,8 +195,8 @@ def write_case_table(path: str | Path, rows: Sequence[CaseScore], class_names: S
     """Write one CSV line for each case, in the order given; whole or not at all.
 
     Columns: ``case``, ``image``; ``dice_NAME``, ``iou_NAME`` (``hd95_NAME``, ``nsd_NAME``) for each
-    class; their means; ``truth_pixels`` and ``pred_pixels``, foreground of all classes; ``confidence``. Rows
-    without scores (no truth) give a table without the columns of the metrics.
+    class; their means; ``truth_pixels`` and ``pred_pixels``, foreground of all classes; ``confidence``; where
+    a row has one, ``similarity``. Rows without scores (no truth) give a table without the columns of the metrics.
 
     Args:
         path: the file to write.
@@ -202,14 +209,18 @@ def write_case_table(path: str | Path, rows: Sequence[CaseScore], class_names: S
     """
     names, metrics = _columns(rows, class_names)
     head = [f"{m}_{name}" for m in metrics for name in names] + [f"mean_{m}" for m in metrics]
+    supported = any(row.similarity is not None for row in rows)
     with atomic_write(path) as part, part.open("w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
-        table.writerow(["case", "image", *head, "truth_pixels", "pred_pixels", "confidence"])
+        table.writerow(
+            ["case", "image", *head, "truth_pixels", "pred_pixels", "confidence", *["similarity"] * supported]
+        )
         for row in rows:
             values = [v for m in metrics for v in getattr(row, m)]
             values += [float(np.mean(getattr(row, m))) for m in metrics]
             # None becomes an empty field: a case without truth has neither scores nor true pixels.
             last = [sum(row.truth_pixels) if row.truth_pixels else None, sum(row.pred_pixels), row.confidence]
+            last += [row.similarity] if supported else []
             table.writerow([row.case, row.image, *(f"{v:.6f}" for v in values), *last])
     return Path(path)
 

@@ -160,6 +160,13 @@ def segment(
     model: Annotated[
         str | None, typer.Option(help="Folder of a run, or a model.pt; without, the shipped model.")
     ] = None,
+    support: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder with images/ and masks/ that show what to segment; the model is then a Proxy Prompt.",
+            show_default=False,
+        ),
+    ] = None,
     flips: Annotated[
         bool | None, typer.Option(help="Average four mirror images (on unless turned off): better, four times slower.")
     ] = None,
@@ -169,8 +176,27 @@ def segment(
     from hspsam_monai.cli import workflows
     from hspsam_monai.cli.options import parse_overrides
 
-    workflows.segment(source, output, model=model, flips=flips, device=device, overrides=parse_overrides(pairs or []))
+    overrides = parse_overrides(pairs or [])
+    workflows.segment(source, output, model=model, support=support, flips=flips, device=device, overrides=overrides)
     say(f"Masks are in {output}; to look at them open {output / 'gallery.html'}.", "green")
+
+
+@app.command()
+def context(
+    support: Annotated[Path, typer.Argument(metavar="SUPPORT", help="Folder with images/ and masks/.")],
+    output: Annotated[Path, typer.Argument(help="Folder of the model with its context, used like a training run's.")],
+    pairs: Pairs = None,
+    model: Annotated[
+        str | None, typer.Option(help="Folder of a run, or a model.pt, of a Proxy Prompt; without, the shipped one.")
+    ] = None,
+    device: Device = None,
+) -> None:
+    """Compute what supports say once and store it with the model: `hspsam segment --model OUTPUT` needs no supports."""
+    from hspsam_monai.cli import workflows
+    from hspsam_monai.cli.options import parse_overrides
+
+    workflows.store_context(support, output, model=model, device=device, overrides=parse_overrides(pairs or []))
+    say(f"{output}: a model that knows these supports. Try: hspsam segment IMAGES MASKS --model {output}", "green")
 
 
 @app.command()

@@ -32,24 +32,32 @@ class Model:
         return self.network["labels"]
 
 
-def shipped_model() -> Path:
-    """Where the bundle's own model is (or would be)."""
-    return bundle_root() / "models" / "model.pt"
+def shipped_model(supports: bool = False) -> Path:
+    """Where the bundle's own model is (or would be): the polyp model, or that for ``supports``."""
+    # MONAI Label takes every *.pt of the folder for a model of inference.json, so there may only be one.
+    return bundle_root() / "models" / ("proxy_prompt.safetensors" if supports else "model.pt")
 
 
-def find_model(source: str | Path | None) -> Model:
+def find_model(source: str | Path | None, supports: bool = False) -> Model:
     """Find a model and its configuration.
 
     Args:
         source: folder of a training run; a checkpoint, with the ``network.json`` beside it or else the shipped
             network's configuration; ``None`` or ``shipped`` for the shipped model.
+        supports: the model is to be prompted by supports: the shipped one is the Proxy Prompt.
 
     Raises:
         WeightsError: there is no such model.
-        ConfigError: its ``network.json`` is not one a training writes.
+        ConfigError: its ``network.json`` is not one a training writes, or its network takes no supports.
     """
-    path = shipped_model() if source is None or str(source) == "shipped" else Path(source).expanduser()
+    path = shipped_model(supports) if source is None or str(source) == "shipped" else Path(source).expanduser()
     path = path / "model.pt" if path.is_dir() else path
+    if not path.is_file() and supports and path == shipped_model(supports):
+        raise WeightsError(
+            f"No model at {path}: this copy ships no trained Proxy Prompt, the model that supports prompt. Train one, "
+            "`hspsam train --data DATA --network proxy_prompt --output RUN` (with a few masks: and --task few_shot), "
+            "and name it with --model RUN."
+        )
     if not path.is_file():
         hint = "the shipped model is missing" if path == shipped_model() else "a run's folder or its model.pt"
         raise WeightsError(
@@ -57,10 +65,23 @@ def find_model(source: str | Path | None) -> Model:
             "model.pt after its first validation."
         )
     overlay = path.parent / OVERLAY
-    if overlay.is_file():
-        return Model(path.resolve(), read_overlay(overlay))
-    config = json.loads(config_path("inference.json").read_text(encoding="utf-8"))
-    return Model(path.resolve(), {key: config[key] for key in NETWORK_KEYS})
+    model = Model(path.resolve(), read_overlay(overlay) if overlay.is_file() else _shipped_network(supports))
+    target = str(model.network["network_def"]["_target_"])
+    if supports and not target.endswith(".ProxyPrompt"):
+        raise ConfigError(
+            f"{path} is a model of {target.rpartition('.')[2]}, which takes no supports; expected a Proxy Prompt. "
+            "Leave --support out, or name a model trained with --network proxy_prompt."
+        )
+    return model
+
+
+def _shipped_network(supports: bool) -> dict[str, Any]:
+    """Entries of the bundle's configuration that describe the network of its own model."""
+    names = ["inference.json", *(["network/proxy_prompt.json"] if supports else [])]
+    config: dict[str, Any] = {}
+    for name in names:
+        config |= json.loads(config_path(name).read_text(encoding="utf-8"))
+    return {key: config[key] for key in NETWORK_KEYS}
 
 
 def read_overlay(path: Path) -> dict[str, Any]:

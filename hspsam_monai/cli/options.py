@@ -20,6 +20,7 @@ OPTIONS = {
     "pretrained": "--pretrained",
     "resume": "--resume",
     "model": "--model",
+    "support_dir": "--support",
 }
 _WORDS = {"true": True, "false": False, "null": None, "none": None}
 

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from hspsam_monai.cli.console import progress, tell
-from hspsam_monai.cli.models import find_model, shipped_model
+from hspsam_monai.cli.models import OVERLAY, Model, find_model, shipped_model
 from hspsam_monai.cli.options import check_overrides, config_path, device_setting, overlay_path
 from hspsam_monai.errors import ConfigError, DataError, TrainingError, WeightsError
+from hspsam_monai.files import atomic_write
 
 logger = logging.getLogger(__name__)
 
@@ -110,19 +111,31 @@ def segment(
     output: str | Path,
     *,
     model: str | Path | None = None,
+    support: str | Path | None = None,
     flips: bool | None = None,
     device: str | None = None,
     overrides: Mapping[str, Any] | None = None,
 ) -> None:
     """Segment an image or a folder of images into palette PNGs, with a gallery.
 
+    Args:
+        source: an image or a folder.
+        output: folder of the masks.
+        model: see :func:`hspsam_monai.cli.models.find_model`.
+        support: ``images/`` and ``masks/`` that show what is to be segmented; the model is then a Proxy Prompt.
+        flips: average four mirror images; ``None`` as configured.
+        device: ``cpu``, ``cuda``, ``cuda:N`` or ``mps``; ``None`` the best there is.
+        overrides: configuration entries.
+
     Raises:
         ConfigError, WeightsError: see :func:`train`.
-        DataError: nothing to segment; or, when all others are done, names every file that failed.
+        DataError: nothing to segment, or faulty supports; or, when all others are done, names every file that failed.
     """
-    found = find_model(model)
-    files = [config_path("inference.json")]
+    found = find_model(model, supports=support is not None)
+    files = [config_path("inference.json"), *([config_path("support.json")] if support is not None else [])]
     values = _checked(overrides, {**_merged(files), **found.network})
+    if support is not None:
+        values |= {"support_dir": str(_resolved(support)), **_support_labels(found, support, values)}
     source, output = _resolved(source), _resolved(output)
     if source == output:
         raise ConfigError(f"{output} is the input as well; expected another folder for the masks.")
@@ -130,6 +143,64 @@ def segment(
     values |= {} if flips is None else {"flips": flips}
     values |= {"device": device_setting(device)} if device else {}
     run_workflow(files, "infer", found.network | values)
+
+
+def store_context(
+    support: str | Path,
+    output: str | Path,
+    *,
+    model: str | Path | None = None,
+    device: str | None = None,
+    overrides: Mapping[str, Any] | None = None,
+) -> Path:
+    """Compute the context of supports once and store it with its model: a folder that is used like a training run's.
+
+    Args:
+        support: ``images/`` and ``masks/``.
+        output: folder of ``model.pt`` (weights and context) and ``network.json``.
+        model: a Proxy Prompt; ``None`` for the shipped one.
+        device: see :func:`segment`.
+        overrides: of ``labels``, ``image_size``, ``network_def``.
+
+    Returns:
+        Path of the model that was written.
+
+    Raises:
+        ConfigError, WeightsError, DataError: see :func:`segment`; or ``output`` holds a training run or the model.
+    """
+    import torch
+    from monai.bundle import ConfigParser
+
+    from hspsam_monai.encoders.weights import write_state
+    from hspsam_monai.inference import give_context
+    from hspsam_monai.networks import load_checkpoint
+
+    output = _resolved(output)
+    found = find_model(model, supports=True)
+    if any((output / name).is_file() for name in (LAST, CONFIG)) or output == found.path.parent:
+        raise ConfigError(f"{output} holds the run of a model; expected another folder for the context.")
+    values = _checked(overrides, found.network)
+    config = found.network | values | _support_labels(found, support, values)
+    network = ConfigParser({**config, "imports": ["$import hspsam_monai"]}).get_parsed_content("network_def")
+    load_checkpoint(network, found.path, context=False)
+    where = device_setting(device).split("'")[1] if device else "cuda:0" if torch.cuda.is_available() else "cpu"
+    give_context(network.to(where), _resolved(support))
+    state = {k: v.half() if v.is_floating_point() else v for k, v in network.cpu().state_dict().items()}
+    write_state(output / BEST, {"model": state})
+    with atomic_write(output / OVERLAY) as part:
+        part.write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+    return output / BEST
+
+
+def _support_labels(found: Model, support: str | Path, values: Mapping[str, Any]) -> dict[str, Any]:
+    """``labels`` and ``num_classes`` for supports: as given; else the model's, where their number is the same."""
+    from hspsam_monai.inference import support_labels
+
+    labels = values.get("labels")
+    if labels is None:
+        labels = support_labels(_resolved(support))
+        labels = found.labels if len(found.labels) == len(labels) else labels
+    return {"labels": labels, "num_classes": len(labels)}
 
 
 def run_workflow(files: Sequence[Path], kind: str, values: Mapping[str, Any]) -> None:

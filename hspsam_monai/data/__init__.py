@@ -3,7 +3,8 @@
 from hspsam_monai.data.cases import find_cases
 from hspsam_monai.data.check import check_dataset
 from hspsam_monai.data.datasets import SeededDataset, SeededSampler, TolerantDataset
-from hspsam_monai.data.images import read_image, read_mask
+from hspsam_monai.data.few import draw_cases
+from hspsam_monai.data.images import mask_values, read_image, read_mask
 from hspsam_monai.data.phantoms import phantom, write_phantoms
 from hspsam_monai.data.readers import MaskReader, PhotoReader
 from hspsam_monai.data.report import Finding, Report
@@ -17,7 +18,9 @@ __all__ = [
     "SeededSampler",
     "TolerantDataset",
     "check_dataset",
+    "draw_cases",
     "find_cases",
+    "mask_values",
     "phantom",
     "read_image",
     "read_mask",

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from hspsam_monai.data.decode import FileFault, Picture, decode
-from hspsam_monai.errors import ConfigError
+from hspsam_monai.errors import ConfigError, DataError
 
 _PERCENTILES = (0.5, 99.5)  # clips hot pixels; the range MONAI's own intensity examples use
 _JPEG_THRESHOLD = 127
@@ -107,6 +107,25 @@ def read_mask(path: str | Path | Sequence[str | Path], num_classes: int = 2) -> 
             )
         merged = mask if merged is None else np.maximum(merged, mask)
     return merged
+
+
+def mask_values(path: str | Path | Sequence[str | Path]) -> set[int]:
+    """Values of a mask whose number of classes is not known; a mask of 0 and 255 has the values 0 and 1.
+
+    Args:
+        path: one file, or several files of one case.
+
+    Raises:
+        DataError: see :func:`read_mask`.
+    """
+    try:
+        mask = read_mask(path, 2)
+    except DataError as error:
+        try:
+            mask = read_mask(path, 256)
+        except DataError:
+            raise error from None  # what is wrong with it as a mask of one object
+    return set(np.unique(mask).tolist())
 
 
 def size_text(array: np.ndarray) -> str:

@@ -320,13 +320,21 @@ def load_encoder(encoder: Encoder, source: str | Path, *, strict: bool = True) -
     return _load(encoder, adapted, path, strict, KeyReport(resized=resized, ignored=ignored))
 
 
-def load_network(network: nn.Module, path: str | Path, *, strict: bool = True) -> KeyReport:
+def load_network(
+    network: nn.Module, path: str | Path, *, strict: bool = True, state: dict[str, Tensor] | None = None
+) -> KeyReport:
     """Load a whole network's checkpoint; values are cast to the parameters' type.
 
+    Args:
+        network: what to load into.
+        path: the file.
+        strict: as in :func:`load_encoder`.
+        state: what was read from ``path`` already.
+
     Raises:
-        WeightsError: unreadable, or keys or shapes that do not match (``strict`` as in :func:`load_encoder`).
+        WeightsError: unreadable, or keys or shapes that do not match.
     """
-    return _load(network, read_state(path), Path(path), strict, KeyReport())
+    return _load(network, read_state(path) if state is None else state, Path(path), strict, KeyReport())
 
 
 def _load(module: nn.Module, state: dict[str, Tensor], path: Path, strict: bool, report: KeyReport) -> KeyReport:

@@ -1,6 +1,18 @@
 """Inferers: an image or a volume of any size in, logits at its size out."""
 
+from hspsam_monai.inference.closeness import Closeness
 from hspsam_monai.inference.image_inferer import ImageInferer, autocast_dtype
 from hspsam_monai.inference.mask_files import PALETTE, SaveMaskd, write_mask_png
+from hspsam_monai.inference.supports import give_context, read_supports, support_labels
 
-__all__ = ["PALETTE", "ImageInferer", "SaveMaskd", "autocast_dtype", "write_mask_png"]
+__all__ = [
+    "PALETTE",
+    "Closeness",
+    "ImageInferer",
+    "SaveMaskd",
+    "autocast_dtype",
+    "give_context",
+    "read_supports",
+    "support_labels",
+    "write_mask_png",
+]

@@ -44,19 +44,29 @@ def load_pretrained(network: nn.Module, source: str | Path | None) -> KeyReport 
     return report
 
 
-def load_checkpoint(network: nn.Module, path: str | Path) -> KeyReport:
+def load_checkpoint(network: nn.Module, path: str | Path, context: bool = True) -> KeyReport:
     """Load a trained network for use: every key must be there, nothing else may be.
+
+    Args:
+        network: a network of :mod:`hspsam_monai.networks`.
+        path: a ``model.pt``.
+        context: also take the context that a Proxy Prompt was stored with; without, it may be of another number of
+            classes, since the weights do not depend on it.
 
     Raises:
         WeightsError: the file is missing, unreadable or belongs to another network or configuration.
     """
     path = Path(path)
     if not path.is_file():
+        train = " Proxy Prompt is trained with hspsam train --network proxy_prompt." * hasattr(network, "set_context")
         raise WeightsError(
             f"No model at {path}; expected the model.pt of a training run or of the bundle. Name it with model=PATH "
-            "(hspsam segment --model)."
+            f"(hspsam segment --model).{train}"
         )
-    report = _load_whole(network, path, read_state(path) if hasattr(network, "fit_state") else {})
+    state = read_state(path)
+    if not context and hasattr(network, "no_context"):
+        state |= network.no_context()
+    report = _load_whole(network, path, state)
     logger.info("Loaded %s: %s.", path, report.summary())
     return report
 
@@ -65,4 +75,4 @@ def _load_whole(network: nn.Module, path: Path, state: dict[str, Tensor]) -> Key
     """Load every key; networks with parts of variable size (a stored context) make room for the file's first."""
     if hasattr(network, "fit_state"):
         network.fit_state(state)
-    return load_network(network, path)
+    return load_network(network, path, state=state)

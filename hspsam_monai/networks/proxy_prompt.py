@@ -13,13 +13,14 @@ The boxes of the paper's figure are :mod:`contextual_selection` (CSM) and :mod:`
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.hooks import RemovableHandle
 
 from hspsam_monai.encoders import build_encoder
 from hspsam_monai.encoders.weights import read_state, write_state
@@ -93,7 +94,7 @@ class ProxyPrompt(nn.Module):
         self.encoder_name, self.image_size, self.num_classes, self.dropout = encoder, image_size, num_classes, dropout
         self._checked: tuple | None = None
         # Empty, not absent: a moving average pairs its buffers with the network's by their order.
-        for name, value in self._no_context().items():
+        for name, value in self.no_context().items():
             self.register_buffer(name, value)
 
     def forward(
@@ -200,7 +201,7 @@ class ProxyPrompt(nn.Module):
 
     def clear_context(self) -> None:
         """Forget the stored context."""
-        for name, value in self._no_context().items():
+        for name, value in self.no_context().items():
             setattr(self, name, value.to(self.csm.patch.weight.device))
 
     @torch.no_grad()
@@ -218,9 +219,22 @@ class ProxyPrompt(nn.Module):
         Returns:
             (B,) in (0, 1].
         """
+        return self.closeness(self._embed(image))
+
+    @torch.no_grad()
+    def closeness(self, features: Tensor) -> Tensor:
+        """:meth:`similarity` of images whose features F (B, C, h, w) are known already: (B,) in (0, 1]."""
         context = self._stored()
-        distances = [_distance(cells, context.keys[0]) for cells in unit_cells(self._embed(image))]
+        distances = [_distance(cells, context.keys[0]) for cells in unit_cells(features)]
         return (self.context_reference / torch.stack(distances).clamp_min(1e-6)).clamp_max(1)
+
+    def on_features(self, listener: Callable[[Tensor], None]) -> RemovableHandle:
+        """Call ``listener`` with F (B, C, h, w) of what is segmented, so that :meth:`closeness` costs no encoder pass.
+
+        Returns:
+            A handle whose ``remove()`` ends it.
+        """
+        return self.csm.register_forward_pre_hook(lambda _module, given: listener(given[0]))
 
     def save_context(self, path: str | Path) -> Path:
         """Write the context alone (``.pt`` or ``.safetensors``), to switch tasks without another model file."""
@@ -260,7 +274,7 @@ class ProxyPrompt(nn.Module):
             raise WeightsError(
                 f"The context is for {values.shape[-1] // WIDTH} objects; this network segments {self.num_classes - 1}."
             )
-        for name, empty in self._no_context().items():
+        for name, empty in self.no_context().items():
             shape = state.get(prefix + name, empty).shape
             setattr(self, name, torch.zeros(shape, dtype=empty.dtype, device=device))
         self._checked = None
@@ -269,8 +283,8 @@ class ProxyPrompt(nn.Module):
         self.fit_state(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
-    def _no_context(self) -> dict[str, Tensor]:
-        """Every buffer of the context with no support in it."""
+    def no_context(self) -> dict[str, Tensor]:
+        """Every buffer of the context with no support in it, as in a state dict."""
         cells = (torch.zeros(0, WIDTH), torch.zeros(0, (self.num_classes - 1) * WIDTH))
         return dict(zip(CONTEXT, (*cells, torch.zeros(0), torch.zeros(0, dtype=torch.uint8)), strict=True))
 

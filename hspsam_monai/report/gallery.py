@@ -45,6 +45,7 @@ class GalleryItem:
         prediction: (H, W) class indices.
         scores: its row of the table, ``None`` without truth.
         confidence: the model's own, in [0, 1]; ``None`` takes that of ``scores``.
+        note: what a reader should know of the case, under its name on the page.
 
     ``image``, ``truth`` and ``prediction`` may be functions that return the array.
     """
@@ -55,6 +56,7 @@ class GalleryItem:
     prediction: Plane
     scores: CaseScore | None = None
     confidence: float | None = None
+    note: str = ""
 
     @property
     def dice(self) -> float | None:

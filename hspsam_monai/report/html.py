@@ -33,6 +33,7 @@ def gallery_html(
     summary: Mapping[str, Any] | None = None,
     title: str = "Cases",
     *,
+    warning: str = "",
     max_items: int = 150,
     thumbnail: int = 240,
     palette: np.ndarray = PALETTE,
@@ -44,6 +45,7 @@ def gallery_html(
         items: at least one case, with or without truth.
         summary: result of :func:`hspsam_monai.scores.summarise`, of **all** cases; ``None`` without truth.
         title: heading.
+        warning: a sentence to read before all others, such as which cases not to trust.
         max_items: cases to show, the worst; the page says how many are left out. A case takes about 80 KB.
         thumbnail: longest side of a picture in pixels, at most 320.
         palette: (N, 3) uint8 RGB.
@@ -59,6 +61,7 @@ def gallery_html(
     shown = worst_first(items)[:max_items]
     dice = [item.dice for item in items if item.dice is not None]
     parts = [
+        f'<section role="alert"><h2>Look here first</h2>{escape(warning)}</section>' if warning else "",
         _headline(summary, len(items)),
         _histogram(dice) if dice else "",
         _sources(summary),
@@ -184,7 +187,8 @@ def _key(shown: Sequence[GalleryItem]) -> str:
 def _row(item: GalleryItem, columns: Sequence[str], thumbnail: int, palette: np.ndarray) -> str:
     """Make one line of the table; the script sorts and filters by its ``data-`` attributes."""
     name = escape(item.case)
-    cells = [f'<td class="name" data-value="{name}">{name}</td>']
+    note = f'<p class="note">{escape(item.note)}</p>' if item.note else ""
+    cells = [f'<td class="name" data-value="{name}">{name}{note}</td>']
     for column in columns:
         if column == "confidence":
             value = item.certainty

@@ -56,7 +56,9 @@ class TestFace:
         end = os.times()
         assert end.children_user + end.children_system - begin.children_user - begin.children_system < 1
 
-    @pytest.mark.parametrize("command", ["demo", "check", "train", "evaluate", "segment", "score", "doctor", "weights"])
+    @pytest.mark.parametrize(
+        "command", ["demo", "check", "train", "evaluate", "segment", "context", "score", "doctor", "weights"]
+    )
     def test_every_command_has_help(self, command: str):
         assert "Usage" in hspsam(command, "--help").output
 
