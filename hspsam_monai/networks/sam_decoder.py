@@ -60,6 +60,17 @@ class Prompts(NamedTuple):
             raise ConfigError("Points need labels (1 on the object, 0 off it), and labels need points.")
         return shapes.pop() if shapes else None
 
+    def present(self) -> Tensor:
+        """(B, N) bool: which objects have any prompt at all; some part must be given."""
+        found = []
+        if self.labels is not None:
+            found.append((self.labels != ABSENT).any(-1))
+        for part, counts in ((self.boxes, self.has_box), (self.masks, self.has_mask)):
+            if part is not None:
+                everywhere = torch.ones(part.shape[:2], dtype=torch.bool, device=part.device)
+                found.append(everywhere if counts is None else counts)
+        return torch.stack(found).any(0)
+
 
 class SAMDecoder(nn.Module):
     """SAM's prompt encoder and mask decoder for batches.

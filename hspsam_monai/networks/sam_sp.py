@@ -43,8 +43,8 @@ class SAMSP(nn.Module):
         prompt: what a prediction becomes: any of ``box`` (paper), ``mask``, ``points``.
         points: points an object for the prompt ``points``.
         box_jitter: in training, each side of a box moves by up to so many pixels of the input.
-        adapt: what of the encoder is trained: ``lora`` (paper), ``full``, ``frozen``. Prompt encoder and mask decoder
-            are always trained.
+        adapt: what of the encoder is trained: ``lora`` (paper), ``full``, ``frozen`` (nothing, not even its neck).
+            Prompt encoder and mask decoder are always trained.
         lora_rank: rank of the updates.
         dropout: probability of dropping channels of the embedding, in train mode only.
 
@@ -79,6 +79,8 @@ class SAMSP(nn.Module):
         self.image_size, self.num_classes, self.steps = image_size, num_classes, steps
         self.prompt, self.points, self.box_jitter, self.dropout = kinds, points, box_jitter, dropout
         set_adaptation(self.encoder, adapt)
+        if adapt == "frozen":
+            self.encoder.requires_grad_(False)
         # Three-mask output and its quality are not used, and points only where they prompt.
         for parameter in self.sam.mask_decoder.iou_prediction_head.parameters():
             parameter.requires_grad_(False)
@@ -88,8 +90,9 @@ class SAMSP(nn.Module):
 
         Args:
             image: (B, 3, H, W) in [0, 1], H and W multiples of 32.
-            prompts: what a person adds afterwards, of B images with K - 1 objects, in pixels of ``image``. One more
-                pass then refines the automatic mask with them.
+            prompts: what a person adds afterwards, of B images with K - 1 objects, in pixels of ``image``
+                (:func:`~hspsam_monai.networks.user_prompts.user_prompts` makes them of clicks, boxes and scribbles).
+                One more pass then refines the automatic masks of the objects that have some.
 
         Returns:
             In evaluation logits (B, K, H, W), float32. In training :class:`SAMSPOutput`.
@@ -109,7 +112,9 @@ class SAMSP(nn.Module):
             # SAM's way of refining: the mask so far goes in with the new click.
             found = (masks[-1] > 0).flatten(2).any(-1)
             given = prompts if prompts.masks is not None else prompts._replace(masks=masks[-1].detach(), has_mask=found)
-            masks.append(self._decode(embedding, given))
+            refined = self._decode(embedding, given)
+            # What nobody touched stays as it was found.
+            masks.append(torch.where(prompts.present()[..., None, None], refined, masks[-1]))
         size = tuple(image.shape[-2:])
         if not self.training:
             return self._logits(masks[-1], size)
