@@ -29,12 +29,20 @@ class SeededDataset(Dataset):
         data: list of case dictionaries.
         transform: MONAI ``Compose`` (random transforms inside are seeded for every case).
         seed: seed of the run.
+        length: items an epoch; beyond the number of cases they come again, each time augmented anew. ``None`` for
+            every case once.
     """
 
-    def __init__(self, data: Sequence[dict], transform: Callable | None = None, seed: int = 0) -> None:
+    def __init__(
+        self, data: Sequence[dict], transform: Callable | None = None, seed: int = 0, length: int | None = None
+    ) -> None:
         super().__init__(data=data, transform=transform)
-        self.seed = seed
+        self.seed, self.length = seed, length
         self.epoch = 0
+
+    def __len__(self) -> int:
+        """Items an epoch."""
+        return len(self.data) if self.length is None else self.length
 
     def set_epoch(self, epoch: int) -> None:
         """Tell the data set which epoch comes; call before the loader's iterator is made."""
@@ -45,7 +53,7 @@ class SeededDataset(Dataset):
             sequence = np.random.SeedSequence((self.seed, self.epoch, index))
             self.transform.set_random_state(seed=int(sequence.generate_state(1)[0]))
         with _one_thread():
-            return super()._transform(index)
+            return super()._transform(index % len(self.data))
 
 
 @contextmanager

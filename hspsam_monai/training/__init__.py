@@ -2,7 +2,7 @@
 
 from hspsam_monai.training.checkpoints import Checkpointer
 from hspsam_monai.training.distillation import SelfDistillation
-from hspsam_monai.training.episodes import EpisodeDataset, SetContext, episode_batch
+from hspsam_monai.training.episodes import EpisodeDataset, SetContext, episode_batch, held_out_episodes
 from hspsam_monai.training.handlers import Attach, EpochSeeds, FiniteGuard, Progress, log_file, of_this_process
 from hspsam_monai.training.losses import DiceCE
 from hspsam_monai.training.record import environment, write_record
@@ -20,6 +20,7 @@ __all__ = [
     "SetContext",
     "environment",
     "episode_batch",
+    "held_out_episodes",
     "log_file",
     "of_this_process",
     "parameter_groups",

@@ -13,7 +13,7 @@ from ignite.handlers.state_param_scheduler import StateParamScheduler
 from torch import nn
 
 from hspsam_monai.encoders.weights import write_state
-from hspsam_monai.errors import TrainingError, WeightsError
+from hspsam_monai.errors import ConfigError, TrainingError, WeightsError
 from hspsam_monai.files import atomic_write
 
 logger = logging.getLogger(__name__)
@@ -38,12 +38,14 @@ class Checkpointer:
         best_network: the network that is validated and shipped, such as a moving average; default ``network``.
         resume: go on from ``last.pt`` in ``folder``; refuse if there is none.
         patience: stop after so many validations without a better value; 0 never stops.
+        keep: which epoch ``model.pt`` is of: ``best``; or ``last``, where no validation set may choose (few-shot).
         half: store ``model.pt`` in float16 (half the size; loading casts back).
 
     In a distributed run only process 0 writes; every process resumes.
 
     Raises:
         TrainingError: ``folder`` holds a run and ``resume`` is false, or nothing is there to resume.
+        ConfigError: ``keep`` is something else, or ``last`` together with ``patience``.
     """
 
     def __init__(
@@ -57,12 +59,15 @@ class Checkpointer:
         resume: bool = False,
         patience: int = 0,
         half: bool = True,
+        keep: str = "best",
     ) -> None:
+        if keep not in ("best", "last") or (keep == "last" and patience):
+            raise ConfigError(f"keep is {keep!r} with patience {patience}; expected best, or last without patience.")
         self.folder = Path(folder)
         self.network = getattr(network, "module", network)
         self.best_network = self.network if best_network is None else getattr(best_network, "module", best_network)
         self.optimizer, self.scheduler, self.evaluator = optimizer, scheduler, evaluator
-        self.resume, self.patience, self.half = resume, patience, half
+        self.resume, self.patience, self.half, self.keep = resume, patience, half, keep
         self.rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
         self.best, self.best_epoch, self.waited = float("-inf"), 0, 0
         self.curve: list[dict[str, float]] = []
@@ -132,7 +137,8 @@ class Checkpointer:
             self.waited += 1
         if self.rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
-            if better:
+            # A stored context belongs to the weights that were validated, so only those are written.
+            if better or (self.keep == "last" and value is not None):
                 self._write_best()
             write_state(self.folder / LAST, self._state(engine))
             self._write_curve()

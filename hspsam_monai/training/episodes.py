@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from ignite.engine import Engine, Events
+from monai.data import Dataset
 from monai.transforms import apply_transform
 from torch import Tensor, nn
 
@@ -36,6 +37,7 @@ class EpisodeDataset(SeededDataset):
         supports: fewest and most supports K. Each item holds the most, so that batches stack, and says how many its
             episode has; :func:`episode_batch` hands on as many as the batch's first item says.
         support_transform: that of a support; ``None`` for ``transform``.
+        length: items an epoch, see :class:`SeededDataset`.
 
     Items: ``image`` (3, H, W), ``label`` (1, H, W), ``support_images`` (K, 3, H, W), ``support_masks`` (K, H, W),
     ``supports`` (int), ``case``, and the names ``support_cases`` as one text.
@@ -52,8 +54,9 @@ class EpisodeDataset(SeededDataset):
         seed: int = 0,
         supports: tuple[int, int] | list[int] = (1, 2),
         support_transform: Callable | None = None,
+        length: int | None = None,
     ) -> None:
-        super().__init__(data, transform, seed)
+        super().__init__(data, transform, seed, length)
         low, high = supports
         if not 1 <= low <= high:
             raise ConfigError(f"supports is {tuple(supports)}; expected fewest and most, at least 1.")
@@ -79,6 +82,7 @@ class EpisodeDataset(SeededDataset):
     def _transform(self, index: int) -> dict[str, Any]:
         target = super()._transform(index)
         rng = np.random.default_rng((self.seed, self.epoch, index, 1))
+        index %= len(self.data)
         low, high = self.supports
         count = int(rng.integers(low, high + 1))
         order = self._different(rng.permutation(self.candidates(index)).tolist())
@@ -120,11 +124,11 @@ class EpisodeDataset(SeededDataset):
 
 def episode_batch(
     batch: dict[str, Any], device: str | torch.device | None = None, non_blocking: bool = False, **options: Any
-) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor], dict]:
+) -> tuple[Tensor, Tensor, tuple[Tensor, ...], dict]:
     """``prepare_batch`` of MONAI's ``SupervisedTrainer``: image, label, and the supports as the network's arguments.
 
     Args:
-        batch: items of :class:`EpisodeDataset`, stacked.
+        batch: items of :class:`EpisodeDataset`, stacked; items without supports pass without.
         device: where the tensors go.
         non_blocking: see ``Tensor.to``.
         **options: further arguments of ``Tensor.to``.
@@ -132,6 +136,9 @@ def episode_batch(
     Returns:
         (B, 3, H, W), (B, 1, H, W), ((B, K, 3, H, W), (B, K, H, W)), {}; K is what the first item says.
     """
+    if "support_images" not in batch:
+        image, label = (batch[key].to(device, non_blocking=non_blocking, **options) for key in ("image", "label"))
+        return image, label, (), {}
     count = int(batch["supports"][0])
     image, label, images, masks = (
         tensor.to(device, non_blocking=non_blocking, **options)
@@ -143,6 +150,28 @@ def episode_batch(
         )
     )
     return image, label, (images, masks), {}
+
+
+def held_out_episodes(
+    network: nn.Module, data: Sequence[dict], transform: Callable, supports: int = 15, seed: int = 0
+) -> Dataset:
+    """Validation on the training cases alone, where there are no others.
+
+    A network that takes supports segments each case with the other cases as its supports, so the figure is held out
+    from the context (not from the generator's weights). Any other network segments what it was trained on: its figure
+    only shows that training goes on. Neither may choose an epoch.
+
+    Args:
+        network: the network that is trained.
+        data: the training cases.
+        transform: loads a case and brings it to the network's size, without randomness.
+        supports: most supports a case; all others where there are fewer.
+        seed: of their draw.
+    """
+    if not hasattr(network, "set_context"):
+        return Dataset(list(data), transform)
+    count = max(1, min(supports, len(data) - 1))
+    return EpisodeDataset(data, transform, seed, (count, count))
 
 
 class SetContext:

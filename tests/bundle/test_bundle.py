@@ -14,7 +14,8 @@ from monai.bundle import ConfigParser, ConfigWorkflow, verify_metadata, verify_n
 from hspsam_monai.data import find_cases, read_mask, write_phantoms
 
 TASKS = ("polyp", "skin", "breast_ultrasound", "retinal_vessels")
-NETWORKS = ("hsp_sam", "hsp_sam_mobile", "conv_pyramid", "sam_sp")
+NETWORKS = ("hsp_sam", "hsp_sam_mobile", "conv_pyramid", "sam_sp", "sam_decoder")
+SUPPORT = ("inference", "network/proxy_prompt", "support")
 
 
 def configs(bundle: Path, *names: str) -> list[str]:
@@ -75,11 +76,18 @@ def test_network_in_and_out(bundle):
 
 @pytest.mark.parametrize(
     ("names", "kind"),
-    [(("train",), "train"), (("train", "evaluate"), "train"), (("inference",), "infer")],
-    ids=["train", "evaluate", "inference"],
+    [
+        (("train",), "train"),
+        (("train", "evaluate"), "train"),
+        (("inference",), "infer"),
+        (SUPPORT, "infer"),
+    ],
+    ids=["train", "evaluate", "inference", "support"],
 )
 def test_no_property_is_missing_or_wrongly_wired(bundle, names, kind, phantoms):
     override = {"dataset_dir": str(phantoms), "initialize": []}  # nothing is loaded to ask for properties
+    if names == SUPPORT:
+        override |= {"support_dir": str(phantoms), "image_size": 64, "labels": {"background": 0, "object": 1}}
     workflow = ConfigWorkflow(configs(bundle, *names), workflow_type=kind, **override)
     workflow.initialize()
     assert workflow.check_properties() == []
@@ -171,6 +179,24 @@ def test_evaluate_and_inference_agree_and_survive_a_bad_file(bundle, phantoms, t
     for case, count in pixels.items():
         mask = read_mask(tmp_path / "masks" / f"{case}.png", 2)
         assert int((mask == 1).sum()) == count  # both faces, the same mask
+
+
+def test_supports_prompt_through_the_bundle(bundle, tmp_path):
+    from hspsam_monai.encoders.weights import write_state
+
+    supports = write_phantoms(tmp_path / "few", 2, seed=1, size=(80, 64), empty_fraction=0)
+    override = {"support_dir": str(supports), "dataset_dir": str(supports / "images"), "image_size": 64}
+    override |= {"model": str(tmp_path / "proxy.safetensors"), "output_dir": str(tmp_path / "out"), "flips": False}
+    workflow = ConfigWorkflow(configs(bundle, *SUPPORT), workflow_type="infer", **override)
+    network = workflow.parser.get_parsed_content("network_def")
+    assert workflow.parser.get_parsed_content("labels") == {"background": 0, "object": 1}
+    write_state(override["model"], network.state_dict())
+    workflow.initialize()
+    assert len(workflow.parser.get_parsed_content("network_def").context_keys) == 2 * 16
+    workflow.run()
+    rows = (tmp_path / "out" / "cases.csv").read_text().splitlines()
+    assert rows[0].endswith(",similarity") and [row.split(",")[-1] for row in rows[1:]] == ["1.0", "1.0"]
+    assert read_mask(tmp_path / "out" / "phantom_0000.png", 2).shape == (80, 64)
 
 
 @pytest.mark.slow

@@ -150,3 +150,12 @@ def test_a_programming_fault_is_not_swallowed():
 
 def test_without_transform_cases_pass_through():
     assert list(TolerantDataset([{"case": "a"}, {"case": "b"}])) == [{"case": "a"}, {"case": "b"}]
+
+
+def test_a_few_cases_fill_a_longer_epoch_augmented_anew(cases):
+    made = SeededDataset(cases[:2], transforms(), seed=0, length=5)
+    made.set_epoch(1)
+    items = images([made[i] for i in range(len(made))])
+    assert len(made) == 5
+    assert torch.equal(items[:2], images([dataset(cases[:2])[i] for i in range(2)]))
+    assert not torch.equal(items[0], items[2]) and torch.equal(items[3], images([made[3]])[0])

@@ -8,7 +8,7 @@ from ignite.engine import Engine, Events
 from torch import nn
 
 from hspsam_monai.encoders.weights import read_state
-from hspsam_monai.errors import TrainingError, WeightsError
+from hspsam_monai.errors import ConfigError, TrainingError, WeightsError
 from hspsam_monai.networks.pretrained import load_checkpoint
 from hspsam_monai.training import Checkpointer, warmup_poly
 from tests.training.conftest import root
@@ -189,3 +189,12 @@ def test_a_parallel_wrapper_is_looked_through(tmp_path):
     optimizer = torch.optim.SGD(wrapper.parameters(), lr=0.1)
     made = Checkpointer(tmp_path, wrapper, optimizer, warmup_poly(optimizer, 10), Engine(lambda *_: None))
     assert made.network is wrapper.module is made.best_network
+
+
+def test_the_last_validated_epoch_is_kept_where_nothing_may_choose(tmp_path):
+    engine, checkpointer = tiny(tmp_path, scores=[0.3, 0.6, 0.2], half=False, keep="last")
+    engine.run([0], max_epochs=3)
+    assert (read_state(tmp_path / "model.pt")["weight"] == 3).all() and checkpointer.best_epoch == 2
+    for options in ({"keep": "first"}, {"keep": "last", "patience": 2}):
+        with pytest.raises(ConfigError, match="expected best, or last without patience"):
+            tiny(tmp_path / "other", **options)

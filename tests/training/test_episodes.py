@@ -6,7 +6,7 @@ from monai.data import DataLoader
 from monai.transforms import Compose, RandFlipd
 
 from hspsam_monai.errors import ConfigError, DataError
-from hspsam_monai.training import EpisodeDataset, SetContext, episode_batch
+from hspsam_monai.training import EpisodeDataset, SetContext, episode_batch, held_out_episodes
 
 
 def cases(count=6, folder="a/", copies=()):
@@ -140,3 +140,27 @@ def test_validation_sets_the_context_of_what_is_validated():
     assert len(loads) == 5  # read once
     with pytest.raises(DataError, match="None of 1 cases shows an object"):
         SetContext(network, data[1:2], lambda case: case)(None)
+
+
+def test_a_longer_epoch_repeats_cases_in_new_episodes():
+    dataset = EpisodeDataset(cases(4), flips(), supports=(2, 2), length=12)
+    items = [dataset[i] for i in range(len(dataset))]
+    assert [item["case"] for item in items] == [f"a/{i % 4}" for i in range(12)]
+    assert all(item["case"] not in names(item) for item in items)
+    assert len({tuple(names(item)) for item in items[::4]}) > 1
+
+
+def test_validation_on_training_cases_holds_each_out_of_its_own_supports():
+    class Supported(torch.nn.Module):
+        def set_context(self, images, masks):
+            """Only its presence counts."""
+
+    data = cases(5)
+    episodes = held_out_episodes(Supported(), data, lambda case: case)
+    for index in range(5):
+        assert sorted([*names(episodes[index]), f"a/{index}"]) == [f"a/{i}" for i in range(5)]
+    assert len(held_out_episodes(Supported(), data, lambda case: case, supports=2)[0]["support_masks"]) == 2
+    plain = held_out_episodes(torch.nn.Identity(), data, lambda case: case)
+    batch = next(iter(DataLoader(plain, batch_size=2)))
+    image, label, further, _ = episode_batch(batch)
+    assert image.shape == (2, 3, 8, 8) and label.shape == (2, 1, 8, 8) and further == ()
