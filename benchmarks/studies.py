@@ -41,23 +41,26 @@ class Run:
         name: folder of the run inside the study's output; unique.
         overrides: what differs from train.json with task/polyp.json, ``dataset_dir``, ``pretrained`` and ``seed``
             among it; keys may name nested values, as in ``network_def::adapt``.
-        overlay: a further configuration of the bundle, such as ``network/conv_pyramid.json``.
+        overlay: a further configuration of the bundle, such as ``network/conv_pyramid.json``, or several in order.
         tests: name of a test set -> its cases.
     """
 
     name: str
     overrides: Mapping[str, Any]
-    overlay: str | None = None
+    overlay: str | Sequence[str] | None = None
     tests: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
 
 
-def config_files(overlay: str | None = None) -> list[str]:
+def config_files(overlay: str | Sequence[str] | None = None) -> list[str]:
     """List the configurations a run is made of, in the order in which they are merged."""
     folder = bundle_root() / "configs"
-    return [str(folder / name) for name in ("train.json", "task/polyp.json", *([overlay] if overlay else []))]
+    further = [overlay] if isinstance(overlay, str) else list(overlay or [])
+    return [str(folder / name) for name in ("train.json", "task/polyp.json", *further)]
 
 
-def merged_config(overlay: str | None = None, overrides: Mapping[str, Any] | None = None) -> ConfigParser:
+def merged_config(
+    overlay: str | Sequence[str] | None = None, overrides: Mapping[str, Any] | None = None
+) -> ConfigParser:
     """Parse the bundle's training configuration with overrides; nothing is built yet."""
     parser = ConfigParser()
     parser.read_config(config_files(overlay))

@@ -77,12 +77,14 @@ def test_a_section_that_is_not_there_is_refused(tmp_path, name, content, message
 
 def test_every_script_has_its_section(repo):
     import box_prompt
+    import few_shot
     import prompt_ablation
     import run
+    import sam_sp_ablation
     import unseen_sources
 
     text = (repo / "benchmarks" / "RESULTS.md").read_text()
-    for script in (box_prompt, unseen_sources, prompt_ablation):
+    for script in (box_prompt, unseen_sources, prompt_ablation, sam_sp_ablation, few_shot):
         assert text.count(f"<!-- section: {script.SECTION} -->") == 1
     sections = re.findall(r"<!-- section: (\S+) -->", text)
     assert sections == re.findall(r"<!-- end: (\S+) -->", text)
@@ -211,7 +213,66 @@ def test_a_budget_in_iterations_trains_every_source_equally_long():
     assert _budget(10, 3, {}) == {"epochs": 10}  # fewer cases than a batch are one step
 
 
+def test_variants_of_sam_sp_differ_in_one_thing_and_zero_passes_come_first():
+    from sam_sp_ablation import OVERLAY, variants
+    from studies import merged_config
+
+    found = variants([0, 1, 2], ["box", "mask", "points"], ["on", "off"])
+    assert [v.name for v in found] == ["s0", "s1-box", "s1-mask", "s1-points", "s1-box-undistilled", "s2-box"]
+    configs = {v.name: merged_config(OVERLAY, v.overrides()) for v in found}
+    assert configs["s2-box"].get("network_def")["steps"] == 2
+    assert configs["s1-mask"].get("network_def")["prompt"] == ["mask"]
+    assert configs["s1-box-undistilled"].get_parsed_content("train::loss").weight == 0
+    assert configs["s1-box"].get_parsed_content("train::loss").weight > 0
+    budgets = {(c["epochs"], c["batch_size"], c["lr"], c["image_size"]) for c in configs.values()}
+    assert len(budgets) == 1
+
+
+def test_few_shot_methods_share_cases_and_budget(phantoms):
+    from few_shot import METHODS, _report, _run, _with_object
+    from studies import merged_config
+
+    root = phantoms / "kvasir"
+    runs = {method: _run(root, method, 1, 3, {"image_size": 64}, []) for method in METHODS}
+    configs = {method: merged_config(run.overlay, run.overrides) for method, run in runs.items()}
+    for key in ("epochs", "batch_size", "draws", "image_size", "keep", "augmentation", "warmup", "power"):
+        assert len({json.dumps(config[key]) for config in configs.values()}) == 1, key
+    drawn = {m: [c["case"] for c in config.get_parsed_content("train::dataset").data] for m, config in configs.items()}
+    assert len({tuple(names) for names in drawn.values()}) == 1 and len(drawn["proxy"]) == 3
+    assert set(drawn["proxy"]) <= {case["case"] for case in find_cases(root, "train")}
+    everything = find_cases(root)
+    assert len(_with_object(everything)) == len(everything) - 1  # a tenth of the phantoms is empty
+
+    scores = {
+        ("s", m, d): {"a": base + d / 10, "b": base} for m, base in (("proxy", 0.8), ("hsp", 0.5)) for d in (0, 1)
+    }
+    text = _report(["s"], ["proxy", "hsp"], [0, 1], 16, scores)
+    assert "| s (2) | proxy | 0.8000 | 0.8500 | 0.8250 ± 0.0354 |" in text
+    assert "+0.3000 ± 0.0000 | +0.3000 [+0.3000, +0.3000] |" in text
+
+
 # Studies
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["few_shot", "sam_sp_ablation"])
+def test_the_other_networks_studies_end_with_a_table(name, phantoms, tmp_path, capsys):
+    import importlib
+
+    script = importlib.import_module(name)
+    results = tmp_path / "RESULTS.md"
+    results.write_text(f"<!-- section: {script.SECTION} -->\nnot measured\n<!-- end: {script.SECTION} -->\n")
+    words = ["--data", str(phantoms), "--weights", "none", "--output", str(tmp_path / "out"), "--seeds", "0"]
+    words += ["--results", str(results), "--epochs", "1", "--image-size", "64"]
+    if name == "few_shot":
+        words += ["--sets", "kvasir", "--cases", "3", "--set", "draws=4", "batch_size=2"]
+    else:
+        words += ["--steps", "0", "1", "--prompts", "--distillation", "--set", "batch_size=4"]
+    script.main(words)
+    text = results.read_text()
+    expected = ("proxy", "decoder", "hsp") if name == "few_shot" else ("s0", "s1-box")
+    assert all(f"| {one} |" in text for one in expected) and str(tmp_path) not in text
+    capsys.readouterr()
 
 
 @pytest.mark.slow
