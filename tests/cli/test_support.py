@@ -143,3 +143,27 @@ def test_without_a_shipped_proxy_prompt_the_way_to_one_is_told(supports, images,
     for words in (["segment", images, tmp_path / "masks", "--support", supports], ["context", supports, tmp_path]):
         result = hspsam(*words, code=1)
         assert "ships no trained Proxy Prompt" in result.stderr and "--network proxy_prompt" in result.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("network", ["proxy_prompt", "sam_sp"])
+def test_training_with_three_masks(images, tmp_path, network):
+    data = write_phantoms(tmp_path / "data", 8, seed=2, size=(64, 64), empty_fraction=0)
+    small = [f"network_def::{key}={value}" for key, value in SMALL.items()] if network == "proxy_prompt" else []
+    words = ["--task", "few_shot", "--network", network, "--pretrained", "none", "train_cases=3", "draws=4"]
+    words += ["image_size=64", "batch_size=2", "epochs=2", "draw_seed=1", *small]
+    hspsam("train", "--data", data, "--output", tmp_path / "run", *words)
+    splits = json.loads((tmp_path / "run" / "splits.json").read_text())
+    assert len(splits["train"]) == 3 and splits["val"] == splits["train"]
+    train = set(json.loads((data / "splits.json").read_text())["train"])
+    assert set(splits["train"]) <= train
+    with (tmp_path / "run" / "learning_curve.csv").open() as file:
+        assert [bool(row["val_mean_dice"]) for row in csv.DictReader(file)] == [True, True]
+    last = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
+    stored = read_state(tmp_path / "run" / "model.pt")
+    key = next(k for k in stored if k.startswith(("ccm.", "sam.mask_decoder.")) and stored[k].ndim > 1)
+    assert torch.equal(stored[key], last["best_network"][key].half())  # the last weights, whatever their score
+    if network == "proxy_prompt":
+        assert len(stored["context_keys"]) == 3 * 16
+    hspsam("segment", images, tmp_path / "masks", "--model", tmp_path / "run", "--no-flips")
+    assert len(list((tmp_path / "masks").glob("phantom_*.png"))) == 2
