@@ -37,6 +37,26 @@ class Features(NamedTuple):
     tokens: list[Tensor | None]
 
 
+class Encoded(NamedTuple):
+    """An image that went through the encoder: what a network's ``encode`` returns and its ``decode`` takes.
+
+    Attributes:
+        features: the encoder's. Of stored features only those the network reads are there, the others are ``None``.
+        size: (H, W) of the encoder's input; the network answers at this size.
+        original: (H, W) of the picture before it was brought to ``size``, at which an inferer answers; ``None``: the
+            same.
+    """
+
+    features: Features
+    size: tuple[int, int]
+    original: tuple[int, int] | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the features are."""
+        return next(t for t in (*self.features.levels, self.features.embedding) if t is not None).device
+
+
 class Encoder(nn.Module):
     """Base of all image encoders.
 
@@ -56,6 +76,8 @@ class Encoder(nn.Module):
     #: Parameter-name prefix of this encoder in SAM-style checkpoints.
     checkpoint_prefix = "image_encoder."
     levels: tuple[Level, ...]
+    #: SAM's neck, or ``None`` where the encoder was built without.
+    neck: nn.Module | None
 
     def __init__(self, image_size: int, pixel_mean: tuple[float, ...], pixel_std: tuple[float, ...]) -> None:
         super().__init__()
@@ -95,6 +117,14 @@ class Encoder(nn.Module):
     def encode(self, image: Tensor, prompts: list[Tensor | None]) -> Features:
         """Encode normalised images (B, 3, H, W); one entry of ``prompts`` per level."""
         raise NotImplementedError
+
+    def embed(self, level: Tensor) -> Tensor:
+        """SAM's neck: the deepest level (B, C, H/16, W/16) -> embedding (B, 256, H/16, W/16)."""
+        return self.neck(level)
+
+    def embedding_of(self, features: Features) -> Tensor:
+        """The embedding (B, 256, H/16, W/16), made from the deepest level where the features do not hold it."""
+        return self.embed(features.levels[-1]) if features.embedding is None else features.embedding
 
     def official_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Turn the encoder part of an official checkpoint (prefix removed) into this module's state.

@@ -124,7 +124,7 @@ class SamViT(Encoder):
             if level is not None:
                 levels.append(x.permute(0, 3, 1, 2))
                 tokens.append(rows)
-        return Features(levels, None if self.neck is None else self._embed(x), tokens)
+        return Features(levels, None if self.neck is None else self.embed(levels[-1]), tokens)
 
     def official_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Resample an official checkpoint's position embeddings (made for 1024) to ``image_size``.
@@ -191,9 +191,10 @@ class SamViT(Encoder):
         ]
         return torch.cat(bands, 1)
 
-    def _embed(self, x: Tensor) -> Tensor:
-        """SAM's neck: tokens (B, h, w, D) -> (B, 256, h, w); normalises in float32 also under autocast."""
+    def embed(self, level: Tensor) -> Tensor:
+        """SAM's neck: last level (B, D, h, w) -> (B, 256, h, w); normalises in float32 also under autocast."""
         reduce, norm1, mix, norm2 = self.neck
+        x = level.permute(0, 2, 3, 1)
         x = _layer_norm(F.linear(x, reduce.weight.flatten(1)), norm1)
         x = mix(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         return _layer_norm(x, norm2).permute(0, 3, 1, 2)

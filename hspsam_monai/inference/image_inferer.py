@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -12,7 +12,9 @@ from monai.inferers import Inferer
 from torch import Tensor
 from torch.nn import functional as F
 
+from hspsam_monai.encoders import Encoded
 from hspsam_monai.errors import ConfigError
+from hspsam_monai.networks.stored import encoded_of
 from hspsam_monai.transforms import fit_image
 
 PRECISIONS = ("auto", "float32", "bfloat16")
@@ -62,12 +64,25 @@ class ImageInferer(Inferer):
             raise ConfigError(f"precision is {precision!r}; expected one of {', '.join(PRECISIONS)}.")
         self.image_size, self.precision, self.flips = image_size, precision, flips
 
-    def __call__(self, inputs: Tensor, network: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Infer (B, 3, H, W) in [0, 1]; extra arguments go to the network."""
-        image = inputs.as_tensor() if isinstance(inputs, MetaTensor) else inputs
-        size = tuple(image.shape[-2:])
-        if self.image_size is not None:
-            image = fit_image(image, self.image_size)
+    def __call__(
+        self, inputs: Tensor | Encoded | Mapping[str, Tensor], network: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """Infer (B, 3, H, W) in [0, 1], or its features (:func:`encoded_of`); extra arguments go to the network.
+
+        Raises:
+            ConfigError: mirror images are asked for, and only features are given.
+        """
+        if isinstance(inputs, Mapping):
+            inputs = encoded_of(inputs)
+        if isinstance(inputs, Encoded):
+            if self.flips and not getattr(network, "training", False):
+                raise ConfigError("Stored features have no mirror images; set flips to false, or give the images.")
+            image, size = inputs, inputs.original or inputs.size
+        else:
+            image = inputs.as_tensor() if isinstance(inputs, MetaTensor) else inputs
+            size = tuple(image.shape[-2:])
+            if self.image_size is not None:
+                image = fit_image(image, self.image_size)
         output = self._run(image, network, *args, **kwargs)
         if isinstance(output, tuple) and getattr(network, "training", False):
             return output  # a network's training losses read more than the logits
@@ -78,9 +93,10 @@ class ImageInferer(Inferer):
             logits = MetaTensor(logits, meta=inputs.meta)
         return logits
 
-    def _run(self, image: Tensor, network: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        dtype = autocast_dtype(image.device, self.precision)
-        with torch.autocast(image.device.type, dtype) if dtype is not None else nullcontext():
+    def _run(self, image: Tensor | Encoded, network: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        device = image.device
+        dtype = autocast_dtype(device, self.precision)
+        with torch.autocast(device.type, dtype) if dtype is not None else nullcontext():
             if not self.flips or getattr(network, "training", False):
                 return network(image, *args, **kwargs)
             total: Tensor | None = None

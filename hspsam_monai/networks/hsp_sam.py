@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hspsam_monai.encoders import build_encoder
+from hspsam_monai.encoders import Encoded, build_encoder
 from hspsam_monai.networks.adaptation import LORA_RANK, set_adaptation
 from hspsam_monai.networks.arguments import check_arguments
 from hspsam_monai.networks.hierarchical_decoder import HierarchicalDecoder
 from hspsam_monai.networks.prompter import HierarchicalPrompter
+from hspsam_monai.networks.stored import level_names
 
 
 class HSPSAM(nn.Module):
@@ -36,6 +37,9 @@ class HSPSAM(nn.Module):
         lora_rank: rank of the updates on q and v when ``adapt`` is ``lora``.
         dropout: probability of dropping channels of the encoder's levels, in train mode only. It is the only thing that
             train mode changes, so Monte-Carlo dropout measures nothing else.
+        inject: let the prompts join the encoder's attention (paper). Without, they feed the decoder alone and the
+            encoder is the official one, whose features can be stored (:mod:`hspsam_monai.networks.stored`).
+        checkpointing: recompute the blocks of SAM's ViT in the backward pass, to save memory.
         in_channels: must be 3; grey images are repeated over the channels by the transforms.
 
     Raises:
@@ -54,6 +58,8 @@ class HSPSAM(nn.Module):
         lora_rank: int = LORA_RANK,
         dropout: float = 0.0,
         in_channels: int = 3,
+        inject: bool = True,
+        checkpointing: bool = False,
     ) -> None:
         super().__init__()
         check_arguments(num_classes, dropout, in_channels)
@@ -64,6 +70,7 @@ class HSPSAM(nn.Module):
             return_tokens=prompt_source == "image",
             # The paper fine-tunes SAM's own neck as the neck of the deepest level; the slim decoder has its own.
             embedding=decoder == "paper",
+            checkpointing=checkpointing,
         )
         levels = self.encoder.levels
         self.decoder = HierarchicalDecoder(
@@ -74,27 +81,41 @@ class HSPSAM(nn.Module):
             self.decoder.width,
             num_classes if prompts_per_level is None else prompts_per_level,
             prompt_source,
+            inject,
         )
         self.image_size, self.num_classes, self.dropout = image_size, num_classes, dropout
         set_adaptation(self.encoder, adapt)
 
-    def forward(self, image: Tensor) -> Tensor:
+    def forward(self, image: Tensor | Encoded) -> Tensor:
         """Segment a batch.
 
         Args:
-            image: (B, 3, H, W) in [0, 1], H and W multiples of 32.
+            image: (B, 3, H, W) in [0, 1], H and W multiples of 32; or what :meth:`encode` made of it.
 
         Returns:
             Logits (B, K, H, W) in float32; softmax over K gives class probabilities.
         """
-        features = self.encoder(image, self.prompter.encoder_prompts())
+        return self.decode(image if isinstance(image, Encoded) else self.encode(image))
+
+    @property
+    def stored(self) -> tuple[str, ...]:
+        """What :meth:`decode` reads, see :mod:`hspsam_monai.networks.stored`."""
+        return level_names(self.encoder)
+
+    def encode(self, image: Tensor) -> Encoded:
+        """The encoder's part of the forward pass, on (B, 3, H, W) in [0, 1]."""
+        return Encoded(self.encoder(image, self.prompter.encoder_prompts()), tuple(image.shape[-2:]))
+
+    def decode(self, encoded: Encoded) -> Tensor:
+        """The rest of the forward pass: prompts and decoder."""
+        features = encoded.features
         prompts = self.prompter(features.tokens)
         levels = list(features.levels)
-        if features.embedding is not None:
-            levels[-1] = features.embedding
+        if self.encoder.neck is not None:
+            levels[-1] = self.encoder.embedding_of(features)
         if self.dropout and self.training:
             levels = [F.dropout2d(level, self.dropout) for level in levels]
-        return self.decoder(levels, prompts, image.shape[-2:])
+        return self.decoder(levels, prompts, encoded.size)
 
     @torch.no_grad()
     def load_sam(self, state: dict[str, Tensor]) -> list[str]:

@@ -44,15 +44,26 @@ class HierarchicalPrompter(nn.Module):
         source: ``static`` (the paper: A_l comes from the raw parameters Q_l and is a constant of the task),
             ``image`` (A_l comes from the prompts after they attended the image) or ``none`` (no prompts at all:
             the ablation).
+        inject: let the prompts join the encoder's attention (paper); without, they only feed the decoder.
+
+    Raises:
+        ConfigError: an argument is out of range, or ``image`` without injection.
     """
 
-    def __init__(self, levels: tuple[Level, ...], width: int, prompts: int, source: str = "static") -> None:
+    def __init__(
+        self, levels: tuple[Level, ...], width: int, prompts: int, source: str = "static", inject: bool = True
+    ) -> None:
         super().__init__()
         if source not in SOURCES:
             raise ConfigError(f"prompt source is {source!r}; expected one of {', '.join(SOURCES)}.")
         if prompts < 1:
             raise ConfigError(f"prompts per level is {prompts}; expected at least 1 (source='none' turns them off).")
-        self.source = source
+        if source == "image" and not inject:
+            raise ConfigError(
+                "prompt source 'image' reads prompts that attended the image, and inject is false, so none do. Set "
+                "prompt_source to 'static', or inject to true."
+            )
+        self.source, self.inject = source, inject
         self.queries = nn.ParameterList()
         self.answers = nn.ModuleList()
         self._slots: list[int | None] = []
@@ -67,7 +78,7 @@ class HierarchicalPrompter(nn.Module):
 
     def encoder_prompts(self) -> list[Tensor | None]:
         """Q_l of each level, (P, D_l), or ``None`` where no prompt joins."""
-        return [None if slot is None else self.queries[slot] for slot in self._slots]
+        return [None if slot is None or not self.inject else self.queries[slot] for slot in self._slots]
 
     def forward(self, tokens: list[Tensor | None]) -> list[Tensor | None]:
         """Decoder prompts A_l of each level.

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
-from hspsam_monai.encoders import build_encoder
+from hspsam_monai.encoders import Encoded, build_encoder
 from hspsam_monai.encoders.weights import read_state, write_state
 from hspsam_monai.errors import ConfigError, DataError, WeightsError
 from hspsam_monai.networks.arguments import check_arguments
@@ -97,15 +97,31 @@ class ProxyPrompt(nn.Module):
         for name, value in self.no_context().items():
             self.register_buffer(name, value)
 
+    @property
+    def stored(self) -> tuple[str, ...]:
+        """What :meth:`decode` reads, see :mod:`hspsam_monai.networks.stored`."""
+        return ("embedding",)
+
+    def encode(self, image: Tensor) -> Encoded:
+        """The encoder's part of the forward pass, on (B, 3, H, W) in [0, 1]; frozen."""
+        with torch.no_grad():
+            return Encoded(self.encoder(image), tuple(image.shape[-2:]))
+
     def forward(
-        self, image: Tensor, support_images: Tensor | None = None, support_masks: Tensor | None = None
+        self,
+        image: Tensor | Encoded,
+        support_images: Tensor | None = None,
+        support_masks: Tensor | None = None,
+        support_encoded: Encoded | None = None,
     ) -> Tensor:
         """Segment a batch by its own supports, or by the stored context.
 
         Args:
-            image: (B, 3, H, W) in [0, 1], H and W multiples of 32.
+            image: (B, 3, H, W) in [0, 1], H and W multiples of 32; or what :meth:`encode` made of it.
             support_images: (B, K, 3, H', W') in [0, 1], any K >= 1 and any size; ``None`` for the stored context.
             support_masks: (B, K, H', W') class indices. Their values are trusted here (``set_context`` checks them).
+            support_encoded: what :meth:`encode` made of the support images, batch and supports in one axis (B K); they
+                are of the network's size then.
 
         Returns:
             Logits (B, K_classes, H, W), float32; background is 0.
@@ -115,11 +131,19 @@ class ProxyPrompt(nn.Module):
         """
         if (support_images is None) != (support_masks is None):
             raise ConfigError("Support images need support masks, and masks need images: pass both or neither.")
-        context = self._stored() if support_images is None else self._read(support_images, support_masks)
-        if len(context.keys) not in (1, len(image)):
-            raise ConfigError(f"Supports are given for {len(context.keys)} images, and {len(image)} images to segment.")
-        features = self._embed(image)
-        size = tuple(image.shape[-2:])
+        if support_images is None:
+            context = self._stored()
+        else:
+            context = self._read(support_images, support_masks, support_encoded)
+        return self.decode(image if isinstance(image, Encoded) else self.encode(image), context)
+
+    def decode(self, encoded: Encoded, context: Context) -> Tensor:
+        """The rest of the forward pass, from the target's features and a context of (1 or B, ...)."""
+        features, size = self.encoder.embedding_of(encoded.features), encoded.size
+        if len(context.keys) not in (1, len(features)):
+            raise ConfigError(
+                f"Supports are given for {len(context.keys)} images, and {len(features)} images to segment."
+            )
         e = self.csm(features, context)
         if self.dropout and self.training:
             e = F.dropout2d(e.flatten(0, 1), self.dropout).unflatten(0, e.shape[:2])
@@ -132,10 +156,9 @@ class ProxyPrompt(nn.Module):
 
     def _embed(self, image: Tensor) -> Tensor:
         """F (B, C, h, w), frozen."""
-        with torch.no_grad():
-            return self.encoder(image).embedding
+        return self.encoder.embedding_of(self.encode(image).features)
 
-    def _read(self, images: Tensor, masks: Tensor) -> Context:
+    def _read(self, images: Tensor, masks: Tensor, encoded: Encoded | None = None) -> Context:
         """Supports (B, K, 3, H, W) with masks (B, K, H, W) -> their context."""
         if images.ndim != 5 or images.shape[2] != 3 or masks.shape != images[:, :, 0].shape or not images.shape[1]:
             raise ConfigError(
@@ -148,7 +171,7 @@ class ProxyPrompt(nn.Module):
         objects = (masks.flatten(0, 1)[:, None].round() == classes[:, None, None]).to(images.dtype)
         if tuple(objects.shape[-2:]) != size:
             objects = F.interpolate(objects, size, mode="nearest-exact")
-        features = self._embed(images)
+        features = self._embed(images) if encoded is None else self.encoder.embedding_of(encoded.features)
         values = self.csm.aggregate(images, objects, features).unflatten(0, (batch, -1))  # (B, K, N, C, h, w)
         values = values.permute(0, 1, 4, 5, 2, 3).flatten(4).flatten(1, 3)
         keys = unit_cells(features).unflatten(0, (batch, -1)).flatten(1, 2)

@@ -15,13 +15,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hspsam_monai.encoders import build_encoder
+from hspsam_monai.encoders import Encoded, build_encoder
 from hspsam_monai.errors import ConfigError
 from hspsam_monai.networks.adaptation import set_adaptation
 from hspsam_monai.networks.arguments import check_arguments
 from hspsam_monai.networks.layers import resize
 from hspsam_monai.networks.sam_decoder import WIDTH, Prompts, SAMDecoder
 from hspsam_monai.networks.self_prompts import KINDS, self_prompts
+from hspsam_monai.networks.stored import level_names
 
 
 class SAMSPOutput(NamedTuple):
@@ -47,6 +48,7 @@ class SAMSP(nn.Module):
             Prompt encoder and mask decoder are always trained.
         lora_rank: rank of the updates.
         dropout: probability of dropping channels of the embedding, in train mode only.
+        checkpointing: recompute the blocks of SAM's ViT in the backward pass, to save memory.
 
     Raises:
         ConfigError: an argument is out of range.
@@ -64,6 +66,7 @@ class SAMSP(nn.Module):
         adapt: str = "lora",
         lora_rank: int = 4,
         dropout: float = 0.0,
+        checkpointing: bool = False,
     ) -> None:
         super().__init__()
         kinds = (prompt,) if isinstance(prompt, str) else tuple(prompt)
@@ -72,7 +75,12 @@ class SAMSP(nn.Module):
             raise ConfigError(f"steps is {steps}; expected 0 or more.")
         if steps and (not kinds or any(kind not in KINDS for kind in kinds)):
             raise ConfigError(f"prompt is {prompt!r}; expected some of {', '.join(KINDS)}.")
-        self.encoder = build_encoder(encoder, image_size=image_size, lora_rank=lora_rank if adapt == "lora" else 0)
+        self.encoder = build_encoder(
+            encoder,
+            image_size=image_size,
+            lora_rank=lora_rank if adapt == "lora" else 0,
+            checkpointing=checkpointing,
+        )
         # The decoder works at a quarter of the embedding's stride: 4 pixels for SAM, 1 for LiteMedSAM.
         self.sam = SAMDecoder(stride=self.encoder.levels[-1].stride)
         self.classes = nn.Parameter(torch.randn(num_classes - 1, WIDTH)) if num_classes > 2 else None
@@ -85,11 +93,20 @@ class SAMSP(nn.Module):
         for parameter in self.sam.mask_decoder.iou_prediction_head.parameters():
             parameter.requires_grad_(False)
 
-    def forward(self, image: Tensor, prompts: Prompts | None = None) -> Tensor | SAMSPOutput:
+    @property
+    def stored(self) -> tuple[str, ...]:
+        """What :meth:`decode` reads, see :mod:`hspsam_monai.networks.stored`: SAM's neck is trained, so its input."""
+        return level_names(self.encoder)[-1:]
+
+    def encode(self, image: Tensor) -> Encoded:
+        """The encoder's part of the forward pass, on (B, 3, H, W) in [0, 1]."""
+        return Encoded(self.encoder(image), tuple(image.shape[-2:]))
+
+    def forward(self, image: Tensor | Encoded, prompts: Prompts | None = None) -> Tensor | SAMSPOutput:
         """Segment a batch.
 
         Args:
-            image: (B, 3, H, W) in [0, 1], H and W multiples of 32.
+            image: (B, 3, H, W) in [0, 1], H and W multiples of 32; or what :meth:`encode` made of it.
             prompts: what a person adds afterwards, of B images with K - 1 objects, in pixels of ``image``
                 (:func:`~hspsam_monai.networks.user_prompts.user_prompts` makes them of clicks, boxes and scribbles).
                 One more pass then refines the automatic masks of the objects that have some.
@@ -97,7 +114,11 @@ class SAMSP(nn.Module):
         Returns:
             In evaluation logits (B, K, H, W), float32. In training :class:`SAMSPOutput`.
         """
-        embedding = self.encoder(image).embedding
+        return self.decode(image if isinstance(image, Encoded) else self.encode(image), prompts)
+
+    def decode(self, encoded: Encoded, prompts: Prompts | None = None) -> Tensor | SAMSPOutput:
+        """The rest of the forward pass: every pass of the decoder."""
+        embedding = self.encoder.embedding_of(encoded.features)
         if self.dropout and self.training:
             embedding = F.dropout2d(embedding, self.dropout)
         masks = [self._decode(embedding, None)]
@@ -115,7 +136,7 @@ class SAMSP(nn.Module):
             refined = self._decode(embedding, given)
             # What nobody touched stays as it was found.
             masks.append(torch.where(prompts.present()[..., None, None], refined, masks[-1]))
-        size = tuple(image.shape[-2:])
+        size = encoded.size
         if not self.training:
             return self._logits(masks[-1], size)
         passes = [self._logits(mask, size) for mask in masks]

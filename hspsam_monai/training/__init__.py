@@ -3,6 +3,7 @@
 from hspsam_monai.training.checkpoints import Checkpointer
 from hspsam_monai.training.distillation import SelfDistillation
 from hspsam_monai.training.episodes import EpisodeDataset, SetContext, episode_batch, held_out_episodes
+from hspsam_monai.training.feature_cache import FeatureDataset, FillFeatures, stored_batch
 from hspsam_monai.training.handlers import Attach, EpochSeeds, FiniteGuard, Progress, log_file, of_this_process
 from hspsam_monai.training.losses import DiceCE
 from hspsam_monai.training.record import environment, write_record
@@ -14,6 +15,8 @@ __all__ = [
     "DiceCE",
     "EpisodeDataset",
     "EpochSeeds",
+    "FeatureDataset",
+    "FillFeatures",
     "FiniteGuard",
     "Progress",
     "SelfDistillation",
@@ -24,6 +27,7 @@ __all__ = [
     "log_file",
     "of_this_process",
     "parameter_groups",
+    "stored_batch",
     "warmup_poly",
     "write_record",
 ]

@@ -79,6 +79,10 @@ class EpisodeDataset(SeededDataset):
         group = self._groups[_task(self.data[index])]
         return [i for i in group if self.data[i]["case"] != name and self._contents[i] != content]
 
+    def sources(self, index: int) -> list[int]:
+        """Which cases an item depends on: its own, and all that may be drawn as supports."""
+        return [index, *self._groups[_task(self.data[index])]]
+
     def _transform(self, index: int) -> dict[str, Any]:
         target = super()._transform(index)
         rng = np.random.default_rng((self.seed, self.epoch, index, 1))

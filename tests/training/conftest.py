@@ -18,7 +18,7 @@ class Stop(Exception):
 class Run:
     """One run of ``train.json``: resolved but not started, so that tests can look inside and interfere."""
 
-    def __init__(self, config: Path, data: Path, folder: Path, **overrides: object) -> None:
+    def __init__(self, config: list[Path], data: Path, folder: Path, **overrides: object) -> None:
         options = {
             "dataset_dir": str(data),
             "output_dir": str(folder),
@@ -33,7 +33,7 @@ class Run:
         }
         self.folder = folder
         self.workflow = ConfigWorkflow(
-            str(config), workflow_type="train", logging_file=False, **{**options, **overrides}
+            [str(c) for c in config], workflow_type="train", logging_file=False, **{**options, **overrides}
         )
         self.losses: list[float] = []
 
@@ -81,12 +81,19 @@ def phantoms(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def train(bundle, phantoms, tmp_path):
-    """``train(folder_name, **overrides)`` prepares a run; logging and seeds are put back afterwards."""
+    """``train(folder_name, **overrides)`` prepares a run; logging and seeds are put back afterwards.
+
+    ``overlay`` names one of ``configs/network``.
+    """
     logger = logging.getLogger()
     level, handlers = logger.level, list(logger.handlers)
-    yield lambda name="run", **overrides: Run(
-        bundle / "configs" / "train.json", overrides.pop("data", phantoms), tmp_path / name, **overrides
-    )
+
+    def prepare(name: str = "run", overlay: str | None = None, **overrides: object) -> Run:
+        config = [bundle / "configs" / "train.json"]
+        config += [bundle / "configs" / "network" / f"{overlay}.json"] if overlay else []
+        return Run(config, overrides.pop("data", phantoms), tmp_path / name, **overrides)
+
+    yield prepare
     logger.setLevel(level)
     for handler in set(logger.handlers) - set(handlers):
         logger.removeHandler(handler)
