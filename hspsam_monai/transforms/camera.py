@@ -31,8 +31,8 @@ class RandCamera(RandomizableTransform):
         frame: probability of a black border: a circle, an octagon-like crop or bars.
         text: probability of burnt-in marks (bright or coloured glyph-like blocks near the border).
 
-    Input and output: (3, H, W) float in [0, 1]. The mask is untouched: what a frame hides is not removed from
-    it by this class; :class:`RandCamerad` clears the label there.
+    Input and output: (3, H, W) float in [0, 1], on any device. The mask is untouched: what a frame hides is not
+    removed from it by this class; :class:`RandCamerad` clears the label there.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class RandCamera(RandomizableTransform):
             x = F.interpolate(x, (height, width), mode="bilinear")[0]
         black = x.amax(0, keepdim=True) < 0.03  # the border carries no light, whatever the processor does
         if on["gain"]:
-            x = x * torch.tensor(self._gain, dtype=x.dtype).view(3, 1, 1)
+            x = x * torch.tensor(self._gain, dtype=x.dtype, device=x.device).view(3, 1, 1)
         if on["saturation"]:
             grey = x.mean(0, keepdim=True)
             x = grey + (x - grey) * self._saturation
@@ -113,14 +113,16 @@ class RandCamera(RandomizableTransform):
             x = x.pow(self._gamma)
         if on["gain"] or on["saturation"] or on["contrast"] or on["gamma"]:
             x = x.masked_fill(black, 0.0)
-        ys = torch.linspace(-1, 1, height).view(-1, 1)
-        xs = torch.linspace(-1, 1, width).view(1, -1)
+        ys = torch.linspace(-1, 1, height, device=x.device).view(-1, 1)
+        xs = torch.linspace(-1, 1, width, device=x.device).view(1, -1)
         if on["vignette"]:
             strength, cy, cx = self._vignette
             x = x * (1 - strength * ((ys - cy) ** 2 + (xs - cx) ** 2) / 2).clamp(min=0.05)
         if on["noise"]:
             sd, seed = self._noise
-            x = x + sd * torch.randn(x.shape, generator=torch.Generator().manual_seed(seed))
+            # Drawn on the CPU, so that the same seed is the same noise on every device.
+            noise = torch.randn(x.shape, generator=torch.Generator("cpu").manual_seed(seed), device="cpu")
+            x = x + sd * noise.to(x.device)
         field = None
         if on["frame"]:
             kind, radius, cy, cx = self._frame
@@ -145,11 +147,12 @@ def _burn_in(x: Tensor, r: np.random.RandomState) -> Tensor:
     if r.rand() < 0.25:  # the position display of some endoscopes: a dark or coloured box in a corner
         h, w = int(height * r.uniform(0.15, 0.35)), int(width * r.uniform(0.12, 0.35))
         top, left = (height - h) * r.randint(2), (width - w) * r.randint(2)
-        colour = torch.tensor(r.choice([0.0, 0.0, 0.3], 3), dtype=x.dtype).view(3, 1, 1)
+        colour = torch.tensor(r.choice([0.0, 0.0, 0.3], 3), dtype=x.dtype, device=x.device).view(3, 1, 1)
         x[:, top : top + h, left : left + w] = colour
         return x
     size = max(4, int(height * r.uniform(0.02, 0.05)))
-    colour = torch.tensor([1.0, 1.0, 1.0] if r.rand() < 0.7 else r.rand(3), dtype=x.dtype).view(3, 1, 1)
+    rgb = [1.0, 1.0, 1.0] if r.rand() < 0.7 else r.rand(3)
+    colour = torch.tensor(rgb, dtype=x.dtype, device=x.device).view(3, 1, 1)
     top = int(r.uniform(0, 0.15) * height) if r.rand() < 0.5 else int(r.uniform(0.8, 0.94) * height)
     left = int(r.uniform(0, 0.7) * width)
     for line in range(r.randint(1, 4)):
@@ -158,7 +161,7 @@ def _burn_in(x: Tensor, r: np.random.RandomState) -> Tensor:
             if y + size >= height or z + size >= width:
                 break
             cells = torch.from_numpy((r.rand(5, 3) < 0.55).astype(np.float32))[None, None]
-            shape = F.interpolate(cells, (size, max(2, int(size * 0.7))), mode="nearest")[0]
+            shape = F.interpolate(cells, (size, max(2, int(size * 0.7))), mode="nearest")[0].to(x.device)
             window = x[:, y : y + shape.shape[1], z : z + shape.shape[2]]
             x[:, y : y + shape.shape[1], z : z + shape.shape[2]] = torch.where(shape > 0, colour, window)
     return x

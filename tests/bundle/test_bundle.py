@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import monai
 import numpy as np
 import pytest
 import torch
@@ -14,7 +15,7 @@ from monai.bundle import ConfigParser, ConfigWorkflow, verify_metadata, verify_n
 from hspsam_monai.data import find_cases, read_mask, write_phantoms
 
 TASKS = ("polyp", "skin", "breast_ultrasound", "retinal_vessels")
-NETWORKS = ("hsp_sam", "hsp_sam_mobile", "conv_pyramid", "sam_sp", "sam_decoder")
+NETWORKS = ("hsp_sam", "hsp_sam_mobile", "hsp_sam_lora", "hsp_sam_frozen", "conv_pyramid", "sam_sp", "sam_decoder")
 SUPPORT = ("inference", "network/proxy_prompt", "support")
 
 
@@ -132,6 +133,65 @@ def test_a_networks_recipe_starts(bundle, network, phantoms, tmp_path):
     workflow.initialize()
     for part in ("ema_handler", "scheduler", "train::loss"):
         assert workflow.parser.get_parsed_content(part) is not None
+
+
+def test_large_encoders_are_trained_with_checkpointing(bundle, monkeypatch):
+    """The overlay's arguments, on an encoder of ViT-L's kind that fits a test."""
+    from hspsam_monai.encoders import sam_vit
+
+    monkeypatch.setitem(sam_vit.VARIANTS, "l", sam_vit.Variant(48, 6, 3, (1, 2, 4, 5)))
+    parser = ConfigParser()
+    parser.read_config(configs(bundle, "train", "network/hsp_sam_large"))
+    parser["image_size"] = 64
+    parser.parse()
+    network = parser.get_parsed_content("network_def")
+    assert network.encoder.variant == "l" and network.encoder.checkpointing
+
+
+def augmentation(bundle, device):
+    parser = ConfigParser()
+    parser.read_config(configs(bundle, "train"))
+    parser["image_size"] = 64
+    parser["device"] = f"$torch.device('{device}')"
+    parser.parse()
+    return monai.transforms.Compose(parser.get_parsed_content("train::augmentation_transforms"))
+
+
+def augmented(transform, seed):
+    generator = torch.Generator().manual_seed(seed)
+    case = {"image": torch.rand(3, 64, 64, generator=generator), "label": torch.zeros(1, 64, 64)}
+    case["label"][:, 10:40, 20:50] = 1
+    return transform.set_random_state(seed=seed)(case)
+
+
+def test_moving_to_the_device_changes_nothing_on_a_cpu(bundle):
+    first = augmentation(bundle, "cpu")
+    without = monai.transforms.Compose(first.transforms[1:])
+    assert isinstance(first.transforms[0], monai.transforms.ToDeviced)
+    for seed in range(6):
+        a, b = augmented(first, seed), augmented(without, seed)
+        assert torch.equal(a["image"], b["image"]) and torch.equal(a["label"], b["label"])
+
+
+@pytest.mark.gpu
+def test_augmentation_runs_on_the_gpu_with_the_same_draws(bundle):
+    """Interpolation rounds otherwise there: a few pixels at edges may differ, not the picture."""
+    there, here = augmentation(bundle, "cuda"), augmentation(bundle, "cpu")
+    for seed in range(12):
+        a, b = augmented(there, seed), augmented(here, seed)
+        assert a["image"].device.type == a["label"].device.type == "cuda"
+        assert (a["image"].cpu() - b["image"]).abs().mean() < 1e-3
+        assert (a["label"].cpu() != b["label"]).float().mean() < 0.01
+
+
+def test_loader_workers_augment_on_the_cpu(bundle):
+    parser = ConfigParser()
+    parser.read_config(configs(bundle, "train"))
+    parser["device"] = "$torch.device('cuda')"
+    for workers, device in ((0, "cuda"), (2, "cpu")):
+        parser["num_workers"] = workers
+        parser.parse()
+        assert parser.get_parsed_content("augmentation_device").type == device
 
 
 def test_training_leaves_everything_needed_to_repeat_it(trained):

@@ -32,6 +32,15 @@ def test_same_seed_same_image_of_same_shape_in_range(shape, seed):
     assert first.min() >= 0 and first.max() <= 1 and first.isfinite().all()
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_everything_is_made_on_the_images_device(frame, seed):
+    """Under another default device, whatever an effect makes without naming the image's would not mix with it."""
+    camera = RandCamera(1.0, *(1.0,) * 6).set_random_state(seed)
+    expected = camera(frame[0])
+    with torch.device("meta"):
+        assert torch.equal(camera.set_random_state(seed)(frame[0]), expected)
+
+
 def test_draws_follow_one_another(frame):
     camera = RandCamera(1.0).set_random_state(0)
     assert len({camera(frame[0]).sum().item() for _ in range(8)}) > 4
