@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from hspsam_monai.errors import ConfigError
 from hspsam_monai.inference import ImageInferer, autocast_dtype
 from hspsam_monai.networks import HSPSAM
+from hspsam_monai.networks.stored import pack
 from hspsam_monai.transforms import fit_image
 
 
@@ -48,6 +49,21 @@ def test_with_the_real_network():
     network = HSPSAM("mobile_sam", 64, decoder="slim", adapt="frozen").eval()
     logits = ImageInferer(64)(torch.rand(1, 3, 45, 123), network)
     assert logits.shape == (1, 2, 45, 123) and logits.isfinite().all()
+
+
+@torch.no_grad()
+def test_stored_features_give_the_images_answer_at_the_pictures_size():
+    network = HSPSAM("mobile_sam", 64, decoder="slim", adapt="frozen", inject=False).eval()
+    image = torch.rand(1, 3, 45, 123)
+    encoded = network.encode(fit_image(image, 64))
+    inferer = ImageInferer(64, "float32")
+    expected = inferer(image, network)
+    assert torch.equal(inferer(encoded._replace(original=(45, 123)), network), expected)
+    assert inferer(encoded, network).shape == (1, 2, 64, 64)
+    sizes = {"size": torch.tensor([[64, 64]]), "original": torch.tensor([[45, 123]])}
+    assert torch.equal(inferer({**pack(encoded.features, network.stored), **sizes}, network), expected)
+    with pytest.raises(ConfigError, match="no mirror images"):
+        ImageInferer(64, "float32", flips=True)(encoded, network)
 
 
 @torch.no_grad()
