@@ -23,3 +23,7 @@ class ConfigError(HspsamError, ValueError):
 
 class TrainingError(HspsamError, RuntimeError):
     """Training cannot go on (loss or weights not finite, nothing to resume)."""
+
+
+class ExportError(HspsamError, RuntimeError):
+    """A network cannot be exported, or the exported file computes something else."""

@@ -200,6 +200,19 @@ def context(
 
 
 @app.command()
+def export(
+    model: Annotated[str, typer.Argument(help="Folder of a run, a model.pt, or `shipped`.")],
+    output: Annotated[Path, typer.Argument(metavar="OUT.onnx", help="The file to write.")],
+) -> None:
+    """Write a model as ONNX: any batch, images of its own size; checked against PyTorch (needs the extra `export`)."""
+    from hspsam_monai.cli.exporting import export as write
+
+    worst, size = write(model, output)
+    say(f"{output}: image (B, 3, {size}, {size}) in [0, 1] -> pred, logits.", "green")
+    say(f"Its logits differ from PyTorch's by at most {worst:.1e} on random images, batch 1 and 3.")
+
+
+@app.command()
 def score(
     predictions: Annotated[Path, typer.Argument(help="Folder of masks, or one mask.")],
     labels: Annotated[Path, typer.Argument(help="Folder of true masks, a data set, or one mask.")],

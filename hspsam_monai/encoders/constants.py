@@ -25,7 +25,7 @@ class Constants:
     A parameter counts as changed if it lies elsewhere in memory (moved, replaced) or was written to (an optimiser's
     step, a loaded checkpoint): the value keeps its sources' memory alive, so no other tensor can take its place unseen.
 
-    Nothing is kept while gradients are on, while ``torch.compile`` or ``torch.export`` trace or a CUDA graph is being
+    Nothing is kept while gradients are on, while torch compiles, exports or traces or a CUDA graph is being
     captured (their tensors are not ours to keep), or of parameters made under ``inference_mode`` (their changes cannot
     be seen). Copies and pickles of the owner start empty.
     """
@@ -62,7 +62,8 @@ class Constants:
 
 
 def _may_keep(sources: Sequence[Tensor]) -> bool:
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.compiler.is_exporting():
+    tracing = torch.compiler.is_compiling() or torch.compiler.is_exporting() or torch.jit.is_tracing()
+    if torch.is_grad_enabled() or tracing:
         return False
     if any(source.is_cuda for source in sources) and torch.cuda.is_current_stream_capturing():
         return False

@@ -232,7 +232,7 @@ def _attend_windows(attn: nn.Module, qkv: Tensor, table_h: Tensor, table_w: Tens
     extra = None
     if h < window or w < window:
         logit = attention.padding_logit(rel_h, rel_w, h, w)
-        _, pad_k, pad_v = attn.qkv.bias.to(q.dtype).view(3, 1, attn.num_heads, 1, -1).expand(-1, len(q), -1, -1, -1)
+        _, pad_k, pad_v = attn.qkv.bias.to(q.dtype).view(3, 1, attn.num_heads, 1, -1).expand(-1, q.shape[0], -1, -1, -1)
         extra = attention.Extra(pad_k, pad_v, logit)
         rel_h, rel_w = rel_h[..., :h], rel_w[..., :w]
     way = attention.choose(qkv.device.type, (h, w), rel_h.requires_grad)

@@ -193,9 +193,9 @@ class TinyViT(Encoder):
         d, n_prompts = attention.key_dim, shared.shape[1] - 1
         _, shared_k, shared_v = shared.split(d, dim=-1)
         rows = []
-        for rs in _strips(height, window):
+        for rs in _strips(int(height), window):  # int: torch.jit.trace hands sizes over as tensors
             columns = []
-            for cs in _strips(width, window):
+            for cs in _strips(int(width), window):
                 part = qkv[:, rs.start : rs.start + rs.count * rs.real, cs.start : cs.start + cs.count * cs.real]
                 part = part.unflatten(1, (rs.count, rs.real)).unflatten(3, (cs.count, cs.real))
                 # (B, nh, rh, nw, rw, heads, 3d) -> (B nh nw, heads, rh rw, 3d)
@@ -204,8 +204,8 @@ class TinyViT(Encoder):
                 first = 1 if rs.real * cs.real == window * window else 0  # a full window has no padding key
                 extra = slice(first, 1 + n_prompts)
                 if first < 1 + n_prompts:
-                    k = torch.cat([k, shared_k[:, extra].expand(len(k), -1, -1, -1)], dim=2)
-                    v = torch.cat([v, shared_v[:, extra].expand(len(v), -1, -1, -1)], dim=2)
+                    k = torch.cat([k, shared_k[:, extra].expand(k.shape[0], -1, -1, -1)], dim=2)
+                    v = torch.cat([v, shared_v[:, extra].expand(v.shape[0], -1, -1, -1)], dim=2)
                 bias = self._window_bias(attention, window, rs.real, cs.real, n_prompts).to(q.dtype)
                 out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias[None], scale=attention.scale)
                 out = out.unflatten(2, (rs.real, cs.real)).unflatten(0, (batch, rs.count, cs.count))

@@ -91,7 +91,7 @@ def _image_to_tokens(module: nn.Module, cells: Tensor, keys: Tensor, values: Ten
     weights = logits.unflatten(-1, (count, heads)).softmax(2).flatten(2)
     w_o = module.out_proj.weight.unflatten(1, (heads, -1)).permute(1, 2, 0).to(v.dtype)  # (H, d, C)
     told = (v @ w_o).transpose(1, 2).flatten(1, 2)  # (B, T H, C)
-    bias = module.out_proj.bias.to(told.dtype).expand(len(told), 1, -1)
+    bias = module.out_proj.bias.to(told.dtype).expand(told.shape[0], 1, -1)
     return torch.baddbmm(bias, weights.to(told.dtype), told)
 
 

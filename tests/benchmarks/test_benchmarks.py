@@ -78,13 +78,14 @@ def test_a_section_that_is_not_there_is_refused(tmp_path, name, content, message
 def test_every_script_has_its_section(repo):
     import box_prompt
     import few_shot
+    import int8
     import prompt_ablation
     import run
     import sam_sp_ablation
     import unseen_sources
 
     text = (repo / "benchmarks" / "RESULTS.md").read_text()
-    for script in (box_prompt, unseen_sources, prompt_ablation, sam_sp_ablation, few_shot):
+    for script in (box_prompt, unseen_sources, prompt_ablation, sam_sp_ablation, few_shot, int8):
         assert text.count(f"<!-- section: {script.SECTION} -->") == 1
     sections = re.findall(r"<!-- section: (\S+) -->", text)
     assert sections == re.findall(r"<!-- end: (\S+) -->", text)
@@ -354,3 +355,42 @@ def test_mobile_sam_finds_a_polyp_in_its_true_box(shared):
         embedding, inner = sam.embed(image_tensor(case["image"]))
         mask = sam.segment(embedding, inner, true_boxes(truth, True, 16), truth.shape, best=False)
     assert score_masks(mask, truth, 2)["mean_dice"] > 0.8
+
+
+# int8
+
+
+def test_int8_replaces_linear_layers_of_a_copy_and_reports_both(phantoms):
+    import int8
+
+    from hspsam_monai.networks import HSPSAM
+
+    torch.manual_seed(0)
+    network = HSPSAM("mobile_sam", 64, prompts_per_level=1, decoder="slim", prompt_source="image").eval()
+    rows = int8.measure(network, 64, 2, find_cases(phantoms, "val")[:2], rounds=1)
+    assert len(rows) == 2 and all(row["seconds int8"] > 0 and row["differ"] < 0.5 for row in rows)
+    quantised = int8.quantise(network)
+    image = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        found, expected = quantised(image), network(image)
+    assert not torch.equal(found, expected)
+    assert torch.nn.functional.cosine_similarity(found.flatten(), expected.flatten(), 0) > 0.98
+    assert any(type(m) is torch.nn.Linear for m in network.modules())
+    assert not any(type(m) is torch.nn.Linear for m in quantised.modules())
+
+
+def test_int8_is_offered_only_where_it_is_faster_and_as_good():
+    import argparse
+
+    import int8
+
+    args = argparse.Namespace(split="val", rounds=1)
+
+    def rows(seconds, dice):
+        return [
+            {"dice float32": 0.9, "dice int8": dice, "differ": 0.01, "seconds float32": 1.3, "seconds int8": seconds}
+        ]
+
+    assert "It reaches that." in int8.report(rows(0.99, 0.896), args)
+    assert "not offered" in int8.report(rows(1.01, 0.9), args)
+    assert "not offered" in int8.report(rows(0.5, 0.894), args)

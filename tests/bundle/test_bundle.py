@@ -298,3 +298,55 @@ def test_the_shipped_model_loads_and_fits_its_configuration(bundle):
     network = parser.get_parsed_content("network_def")
     report = load_checkpoint(network, model)
     assert not report.missing and not report.unexpected
+
+
+# export by MONAI's own verbs, with the commands of docs/README.md
+
+
+def verb(bundle: Path, name: str, target: Path, *further: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "monai.bundle", name, "--net_id", "network_def", "--key_in_ckpt", "model", "--filepath",
+         str(target), "--ckpt_file", str(bundle / "models" / "model.pt"), "--meta_file",
+         str(bundle / "configs" / "metadata.json"), "--config_file", *configs(bundle, "inference"), *further],
+        cwd=target.parent, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def shipped(bundle: Path, size: int) -> torch.nn.Module:
+    from hspsam_monai.networks import load_checkpoint
+
+    parser = ConfigParser()
+    parser.read_config(configs(bundle, "inference"))
+    parser["image_size"] = size
+    network = parser.get_parsed_content("network_def")
+    load_checkpoint(network, bundle / "models" / "model.pt")
+    return network.eval()
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_monais_onnx_export(bundle, tmp_path):
+    from hspsam_monai.inference.export import session
+
+    names = '{"input_names": ["image"], "output_names": ["pred"], "dynamic_axes": {"image": {0: "batch"}}}'
+    verb(bundle, "onnx_export", tmp_path / "model.onnx", "--input_shape", "[2, 3, 64, 64]", "--image_size", "64",
+         "--converter_kwargs", names)  # fmt: skip
+    run, network = session(tmp_path / "model.onnx"), shipped(bundle, 64)
+    for batch in (1, 3):
+        image = torch.rand(batch, 3, 64, 64)
+        found = run.run(["pred"], {"image": image.numpy()})[0]
+        torch.testing.assert_close(torch.from_numpy(found), network(image), rtol=0, atol=1e-4)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_monais_ckpt_export_by_tracing(bundle, tmp_path):
+    verb(bundle, "ckpt_export", tmp_path / "model.ts", "--use_trace", "True")
+    extra = {"metadata.json": "", "inference.json": ""}
+    traced, network = torch.jit.load(str(tmp_path / "model.ts"), _extra_files=extra), shipped(bundle, 320)
+    for batch in (1, 3):
+        image = torch.rand(batch, 3, 320, 320)
+        torch.testing.assert_close(traced(image), network(image), rtol=0, atol=1e-5)
+    assert json.loads(extra["inference.json"])["image_size"] == 320
+    assert json.loads(extra["metadata.json"])["network_data_format"]["outputs"]["pred"]["num_channels"] == 2

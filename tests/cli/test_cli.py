@@ -56,9 +56,7 @@ class TestFace:
         end = os.times()
         assert end.children_user + end.children_system - begin.children_user - begin.children_system < 1
 
-    @pytest.mark.parametrize(
-        "command", ["demo", "check", "train", "evaluate", "segment", "context", "score", "doctor", "weights"]
-    )
+    @pytest.mark.parametrize("command", "demo check train evaluate segment context export score doctor weights".split())
     def test_every_command_has_help(self, command: str):
         assert "Usage" in hspsam(command, "--help").output
 
@@ -275,6 +273,26 @@ class TestUse:
     def test_unknown_device(self, phantoms: Path, run: Path, tmp_path: Path):
         result = hspsam("segment", phantoms / "images", tmp_path, "--model", run, "--device", "gpu", code=2)
         assert "expected cpu" in result.stderr
+
+
+class TestExport:
+    def test_what_is_missing_is_named_before_any_work(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+        assert "ends in .onnx" in hspsam("export", "shipped", tmp_path / "model.pt", code=2).stderr
+        assert "No model at" in hspsam("export", tmp_path / "no.pt", tmp_path / "m.onnx", code=1).stderr
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+        result = hspsam("export", "shipped", tmp_path / "m.onnx", code=2)
+        assert "onnx, onnxscript, onnxruntime" in result.stderr and "hspsam_monai[export]" in result.stderr
+        assert not list(tmp_path.iterdir())
+
+    @pytest.mark.slow
+    def test_a_run_becomes_a_file_that_says_what_it_is(self, run: Path, tmp_path: Path):
+        from hspsam_monai.inference.export import read_metadata
+
+        result = hspsam("export", run, tmp_path / "out" / "model.onnx")
+        assert "image (B, 3, 64, 64)" in result.stdout and "batch 1 and 3" in result.stdout
+        meta = read_metadata(tmp_path / "out" / "model.onnx")
+        assert meta["model"] == run.name and meta["image_size"] == "64"
+        assert json.loads(meta["classes"]) == {"background": 0, "foreground": 1}
 
 
 class TestScore:

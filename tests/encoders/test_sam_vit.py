@@ -328,3 +328,14 @@ def test_export_gives_the_same_and_leaves_eager_alone(small):
     exported = torch.export.export(encoder, (image,)).module()
     assert relative(exported(image).embedding, before) <= 1e-5
     assert torch.equal(encoder(image).embedding, before)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_one_graph_with_prompts_and_padded_windows(small):
+    encoder = small(256, return_tokens=True)
+    image, prompts = torch.rand(1, 3, 256, 320), [torch.rand(2, 48)] * 4
+    expected = encoder(image, prompts)
+    found = torch.compile(encoder, fullgraph=True, backend="aot_eager")(image, prompts)
+    assert relative(found.embedding, expected.embedding) <= 1e-5
+    assert all(relative(a, b) <= 1e-5 for a, b in zip(found.tokens, expected.tokens, strict=True))

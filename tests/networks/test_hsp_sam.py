@@ -294,13 +294,26 @@ def test_bfloat16_stays_near(encoder, decoder):
     assert nn.functional.cosine_similarity(found.flatten(), expected.flatten(), dim=0) >= 0.99
 
 
+CAPTURED = [
+    ("mobile_sam", "slim", "image"),
+    ("mobile_sam", "paper", "static"),
+    ("mobile_sam", "slim", "none"),
+    ("sam_small", "paper", "image"),
+    ("sam_small", "slim", "static"),
+    ("sam_small", "paper", "none"),
+]
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize(("encoder", "decoder", "source"), CAPTURED)
 @torch.no_grad()
-def test_export_gives_the_same():
-    network = build(prompt_source="image", prompts_per_level=2)
-    image = torch.rand(1, 3, 64, 96)
-    exported = torch.export.export(network, (image,)).module()
-    assert relative(exported(image), network(image)) <= 1e-5
+def test_export_keeps_the_batch_free(encoder, decoder, source):
+    network = wake(build(encoder, decoder, prompt_source=source, prompts_per_level=2))
+    free = ({0: torch.export.Dim("batch", min=1)},)
+    exported = torch.export.export(network, (torch.rand(2, 3, 64, 96),), dynamic_shapes=free).module()
+    for batch in (1, 3):
+        image = torch.rand(batch, 3, 64, 96)
+        assert relative(exported(image), network(image)) <= 1e-5
 
 
 @pytest.mark.slow
@@ -311,6 +324,20 @@ def test_compile_gives_the_same_without_graph_breaks(decoder):
     image = torch.rand(1, 3, 64, 64)
     compiled = torch.compile(network, fullgraph=True)
     assert relative(compiled(image), network(image)) <= 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("encoder", "decoder", "source"), CAPTURED)
+def test_one_graph_forward_and_backward(encoder, decoder, source):
+    """Every source and decoder is one graph, in training too; the code generator itself is tried above."""
+    network = wake(build(encoder, decoder, prompt_source=source, prompts_per_level=2))
+    image = torch.rand(1, 3, 64, 64)
+    compiled = torch.compile(network, fullgraph=True, backend="aot_eager")
+    found, expected = compiled(image), network(image)
+    assert relative(found, expected) <= 1e-5
+    watched = network.decoder.mask_tokens
+    (a,), (b,) = (torch.autograd.grad(y.square().mean(), watched) for y in (found, expected))
+    assert b.any() and relative(a, b) <= 1e-4
 
 
 def test_every_encoder_name_is_tried_above():
