@@ -13,6 +13,7 @@ from parts import Case, Part, Row, Settings, encoder_flops, footer, load
 from timing import TIMING_HEAD, interleave, race, verdict
 from torch import Tensor, nn
 
+from hspsam_monai.encoders import Encoded
 from hspsam_monai.inference.image_inferer import autocast_dtype
 from hspsam_monai.networks import HSPSAM, ConvPyramidSAM
 from hspsam_monai.training import DiceCE
@@ -27,7 +28,7 @@ class Trainee:
     """A network in train mode, what its forward pass takes, and whether it trains on cached features."""
 
     network: nn.Module
-    inputs: tuple[Tensor, ...]
+    inputs: tuple[Tensor | Encoded, ...]
     cached: bool = False
 
     def optimizer(self) -> torch.optim.Optimizer:
@@ -47,6 +48,17 @@ def _hsp(adapt: str, size: int) -> nn.Module:
     )
 
 
+def _on_stored_features(image: Tensor) -> Trainee:
+    """``network/hsp_sam_frozen.json``: the encoder has done its work, its features are at hand."""
+    torch.manual_seed(0)
+    network = HSPSAM(
+        "mobile_sam", image_size=image.shape[-1], prompts_per_level=8, prompt_source="static", decoder="slim",
+        adapt="frozen", inject=False,
+    ).to(image.device).train()  # fmt: skip
+    with torch.no_grad():
+        return Trainee(network, (network.encode(image),), cached=True)
+
+
 def _pyramid(size: int) -> nn.Module:
     return ConvPyramidSAM("mobile_sam", image_size=size, adapt="full")
 
@@ -64,6 +76,7 @@ TRAINED: dict[str, Callable[[Tensor], Trainee]] = {
     "HSP-SAM mobile_sam, full": partial(_trainee, partial(_hsp, "full")),
     LORA: partial(_trainee, partial(_hsp, "lora")),
     "HSP-SAM mobile_sam, frozen": partial(_trainee, partial(_hsp, "frozen")),
+    "HSP-SAM mobile_sam, stored features": _on_stored_features,
     "ConvPyramidSAM mobile_sam, full": partial(_trainee, _pyramid),
     "MONAI UNet": partial(_trainee, _unet),
 }

@@ -9,8 +9,8 @@ SAM adds to the logit of query q and key (i, j) of a grid the bias ``rel_h[q, i]
     write the bias as a dot product, Q' = [scale q, rel_h, rel_w], K' = [k, onehot(i), onehot(j)]: the head
     grows by H + W dimensions, and no N^2 tensor exists, forward or backward.
 
-Nothing here is cached between calls: a cached tensor made under ``inference_mode``, ``torch.export`` or a
-CUDA graph would poison the next caller. What all blocks share lives in a ``memo`` that one forward pass owns.
+Nothing here is kept between calls. What depends on weights alone is kept by the encoders, which know when that is safe
+(:mod:`hspsam_monai.encoders.constants`); what all blocks share lives in a ``memo`` that one forward pass owns.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hspsam_monai.encoders.constants import Constants
 from hspsam_monai.errors import ConfigError
 
 
@@ -37,6 +38,7 @@ class LoRALinear(nn.Linear):
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
         self.rank, self.scale = rank, scale
+        self._constants = Constants()
         self.lora_a = nn.ParameterList(nn.Parameter(torch.empty(rank, self.in_features)) for _ in rows)
         self.lora_b = nn.ParameterList(nn.Parameter(torch.zeros(len(r), rank)) for r in rows)
         for a in self.lora_a:
@@ -53,7 +55,8 @@ class LoRALinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., in) to (..., out)."""
-        return F.linear(x, self.merged_weight(), self.bias)
+        sources = [self.weight, *self.lora_a, *self.lora_b]
+        return F.linear(x, self._constants.get("merged", sources, self.merged_weight), self.bias)
 
 
 def apply_lora(module: nn.Module, rank: int, qv_rows: Callable[[nn.Module], list[Tensor]]) -> int:

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from hspsam_monai.encoders import attention
 from hspsam_monai.encoders.base import Encoder, Features, Level
+from hspsam_monai.encoders.constants import Constants
 from hspsam_monai.encoders.lora import apply_lora
 from hspsam_monai.errors import ConfigError
 
@@ -101,16 +102,14 @@ class SamViT(Encoder):
         )
         self.patch_embed, self.pos_embed = official.patch_embed, official.pos_embed
         self.blocks, self.neck = official.blocks, official.neck if embedding else None
+        self._constants = Constants()
         if lora_rank:
             apply_lora(self.blocks, lora_rank, _qv_rows)
 
     def encode(self, image: Tensor, prompts: list[Tensor | None]) -> Features:
         """Encode normalised images (B, 3, H, W); see :class:`Encoder`."""
         x = self.patch_embed(image)
-        pos_embed = self.pos_embed
-        if pos_embed.shape[1:3] != x.shape[1:3]:
-            pos_embed = attention.resample_pos_embed(pos_embed, (x.shape[1], x.shape[2]))
-        x = x + pos_embed
+        x = x + self._positions(int(x.shape[1]), int(x.shape[2]))
         memo: dict = {}  # constants shared by the blocks of this pass, see attention.attend
         levels: list[Tensor] = []
         tokens: list[Tensor | None] = []
@@ -163,9 +162,7 @@ class SamViT(Encoder):
         """All tokens (B, h, w, D) attend to all tokens and to the prompts (P, D), as HSP-SAM injects them."""
         batch, h, w, width = x.shape
         q, k, v = _heads(attn.qkv(x), attn.num_heads).unbind(0)
-        rel_h, rel_w = attention.relative_logits(
-            q, attention.relative_table(attn.rel_pos_h, h), attention.relative_table(attn.rel_pos_w, w)
-        )
+        rel_h, rel_w = attention.relative_logits(q, self._table(attn.rel_pos_h, h), self._table(attn.rel_pos_w, w))
         extra = None
         if prompt is not None:
             # The same for every image: projected once, then shared along the batch.
@@ -180,8 +177,7 @@ class SamViT(Encoder):
     def _windowed(self, attn: nn.Module, x: Tensor, window: int, memo: dict) -> Tensor:
         """Tokens (B, h, w, D) attend within windows; edge windows see their padding as one extra key."""
         qkv = attn.qkv(x)
-        table_h = attention.relative_table(attn.rel_pos_h, window)
-        table_w = attention.relative_table(attn.rel_pos_w, window)
+        table_h, table_w = self._table(attn.rel_pos_h, window), self._table(attn.rel_pos_w, window)
         bands = [
             torch.cat(
                 [_attend_windows(attn, region, table_h, table_w, memo) for region in _split(band, 2, window)],
@@ -190,6 +186,22 @@ class SamViT(Encoder):
             for band in _split(qkv, 1, window)
         ]
         return torch.cat(bands, 1)
+
+    def _positions(self, height: int, width: int) -> Tensor:
+        """Absolute positions (1, h, w, D) of a grid."""
+        if tuple(self.pos_embed.shape[1:3]) == (height, width):
+            return self.pos_embed
+        return self._constants.get(
+            ("positions", height, width),
+            [self.pos_embed],
+            lambda: attention.resample_pos_embed(self.pos_embed, (height, width)),
+        )
+
+    def _table(self, rel_pos: Tensor, size: int) -> Tensor:
+        """Relative positions of a block laid out for ``size`` tokens, once for a size and not once an image."""
+        return self._constants.get(
+            (id(rel_pos), int(size)), [rel_pos], lambda: attention.relative_table(rel_pos, size).contiguous()
+        )
 
     def embed(self, level: Tensor) -> Tensor:
         """SAM's neck: last level (B, D, h, w) -> (B, 256, h, w); normalises in float32 also under autocast."""

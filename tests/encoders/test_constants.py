@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from hspsam_monai.encoders import build_encoder
+from hspsam_monai.encoders import build_encoder, sam_vit
 from hspsam_monai.encoders.constants import CAPACITY, Constants
 from hspsam_monai.networks import HSPSAM
 
@@ -122,3 +122,26 @@ def test_an_encoder_leaves_its_input_alone_and_keeps_all_its_constants():
         assert torch.equal(encoder(image).embedding, first)
     assert torch.equal(image, before)
     assert len(encoder._constants._kept) < CAPACITY / 4
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_sam_vit_follows_its_weights_at_every_size(monkeypatch, rank):
+    monkeypatch.setitem(sam_vit.VARIANTS, "small", sam_vit.Variant(48, 4, 3, (0, 1, 2, 3)))
+
+    def build(seed):
+        torch.manual_seed(seed)
+        encoder = sam_vit.SamViT("small", image_size=64, lora_rank=rank).eval()
+        for parameter in encoder.parameters():
+            torch.nn.init.normal_(parameter, std=0.2)
+        return encoder
+
+    used, other = build(0), build(1)
+    images = [torch.rand(1, 3, 64, 64), torch.rand(1, 3, 96, 64)]  # the second resamples positions
+    with torch.inference_mode():
+        before = [used(image).embedding for image in images]
+        expected = [other(image).embedding for image in images]
+    used.load_state_dict(other.state_dict())
+    with torch.inference_mode():
+        for image, old, new in zip(images, before, expected, strict=True):
+            assert torch.equal(used(image).embedding, new)
+            assert not torch.equal(old, new)
