@@ -280,7 +280,7 @@ def stored_batch(
         What :func:`~hspsam_monai.networks.stored.encoded_of` takes (``ImageInferer`` calls it), and the label.
     """
     label = batch["label"].to(device, non_blocking=non_blocking, **options)
-    # Channels last, as the encoders leave them: convolutions on a CPU gain by it. Widened only where they are used.
+    # Channels last, as TinyViT leaves them, so that the decoder computes alike; widened only where they are used.
     moved = {name: t.to(device, non_blocking=non_blocking, **options) for name, t in batch["image"].items()}
     layout = torch.channels_last
     features = {n: t.to(torch.float32, memory_format=layout) if t.ndim == 4 else t.float() for n, t in moved.items()}
