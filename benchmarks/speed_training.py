@@ -175,7 +175,8 @@ def report(rows: Sequence[Row], settings: Settings) -> str:
     text = (
         f"Batch {settings.train_batch}, {settings.train_size} px, random weights, images in memory: forward, "
         "0.2 CE + 0.8 Dice, backward, AdamW; no reading, no augmentation, no averaging of weights. HSP-SAM: 8 "
-        f"prompts a level, `image`, `slim`. Steps take turns for {settings.seconds:g} s a precision, at least "
+        "prompts a level, `image`, `slim` (stored features: `static`, not injected). "
+        f"Steps take turns for {settings.seconds:g} s a precision, at least "
         f"{settings.least} rounds after a warm-up.{same}"
     )
     return f"{markdown_table(head, lines)}\n{footer(rows, text)}"
