@@ -41,7 +41,10 @@ def gelu(x: Tensor) -> Tensor:
 
 
 def add(x: Tensor, own: Tensor) -> Tensor:
-    """X + own, into the memory of ``own`` where no gradient asks for it; ``own`` is the caller's own intermediate."""
+    """Sum of two tensors of any one shape, into the memory of ``own`` where no gradient asks for it.
+
+    ``own`` must be the caller's own intermediate, not an input somebody else still reads.
+    """
     if own.requires_grad or x.requires_grad or own.dtype != x.dtype or own.shape != x.shape:
         return x + own
     return own.add_(x)

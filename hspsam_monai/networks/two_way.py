@@ -7,8 +7,9 @@ tokens' side, which is exact:
     logits of head h   (x W_q^h + b_q^h) . k_t^h = x . (W_q^h k_t^h) + b_q^h . k_t^h
     output             sum_t,h a_t^h v_t^h W_o^h
 
-The image then meets two plain matrix products of T * heads columns, and no head is ever laid out in memory. On 64 x 64
-cells of width 128 with 11 tokens that is 2.5 times faster on a CPU than the original arrangement.
+The image then meets two plain matrix products of T * heads columns, and no head is ever laid out in memory. The cells'
+look at the tokens is then 2.5 times as fast as in the original arrangement (64 x 64 cells of width 128, 8 heads, 11
+tokens, one CPU thread, float32).
 """
 
 from __future__ import annotations
