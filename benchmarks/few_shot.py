@@ -7,6 +7,7 @@ on the validation split, which no method has seen.
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,6 +26,7 @@ from common import (
     shared_folder,
     start_logging,
 )
+from slices import write_slices
 from studies import Run, Study, common_overrides, training_arguments
 
 from hspsam_monai.data import mask_values
@@ -39,8 +41,10 @@ METHODS: dict[str, str | None] = {
 #: The method that the others are compared with.
 OURS = "proxy"
 TASK = "task/few_shot.json"
-#: Folders of the data sets below ``--data``: polyps, skin lesions, breast lesions.
-SETS = ("polyp/kvasir", "skin/isic2018", "ultrasound/busi")
+#: Folders of the data sets below ``--data``: polyps, skin lesions, breast lesions, hippocampus.
+SETS = ("polyp/kvasir", "skin/isic2018", "ultrasound/busi", "mr/hippocampus")
+#: Slices of each volume that make a set of pictures of a set of volumes.
+SLICES = 3
 #: One side for all, so that no method sees more than another (the sets are stored at 256 to 352 pixels).
 IMAGE_SIZE = 256
 
@@ -58,9 +62,10 @@ def main(argv: list[str] | None = None) -> None:
     start_logging()
 
     common = common_overrides(args)
-    tests = {name: _with_object(cases_of(args.data / name, "val")) for name in args.sets}
+    roots = {name: _pictures(args.data / name, args.output / "slices") for name in args.sets}
+    tests = {name: _with_object(cases_of(root, "val")) for name, root in roots.items()}
     keys = [(name, method, draw) for name in args.sets for draw in args.seeds for method in args.methods]
-    runs = [_run(args.data / name, method, draw, args.cases, common, tests[name]) for name, method, draw in keys]
+    runs = [_run(roots[name], method, draw, args.cases, common, tests[name]) for name, method, draw in keys]
     study = Study(args.output, runs)
     scores = {key: run["val"] for key, run in zip(keys, study.complete(), strict=True)}
     table = _report(args.sets, args.methods, args.seeds, args.cases, scores)
@@ -75,6 +80,15 @@ def _run(
     overrides["labels"] = {"background": 0, "object": 1}
     overlays = [*([METHODS[method]] if METHODS[method] else []), TASK]
     return Run(f"{root.name}-{method}-{cases}-{draw}", overrides, overlays, {"val": test})
+
+
+def _pictures(root: Path, slices: Path) -> Path:
+    """The data set itself or, of volumes, slices through everything that is labelled."""
+    description = root / "dataset.json"
+    if not description.is_file():
+        return root
+    numbers = {int(value) for value in json.loads(description.read_text())["labels"] if int(value)}
+    return write_slices(root, slices, {root.name: numbers}, SLICES)[0]
 
 
 def _with_object(cases: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

@@ -243,6 +243,22 @@ def training_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
+def iterations_argument(parser: argparse.ArgumentParser) -> None:
+    """Add the option of studies whose data sets differ in size."""
+    parser.add_argument(
+        "--iterations", type=int,
+        help="train each data set for about so many steps instead of epochs, so that a small one is not trained less",
+    )  # fmt: skip
+
+
+def budget(iterations: int | None, cases: int, common: Mapping[str, Any]) -> dict[str, int]:
+    """Override ``epochs`` so that a data set of so many cases is trained for about ``iterations`` steps."""
+    if iterations is None:
+        return {}
+    batch = merged_config(overrides=common).get("batch_size")
+    return {"epochs": max(1, round(iterations / max(1, cases // batch)))}
+
+
 def common_overrides(args: argparse.Namespace) -> dict[str, Any]:
     """Collect what the command line changes for every run of a study."""
     overrides: dict[str, Any] = {"pretrained": weights_file(args.weights)}

@@ -8,8 +8,6 @@ on; the other source is only ever tested on.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from common import (
     MISSED,
@@ -22,7 +20,7 @@ from common import (
     publish,
     start_logging,
 )
-from studies import Run, Study, common_overrides, merged_config, training_arguments
+from studies import Run, Study, budget, common_overrides, iterations_argument, merged_config, training_arguments
 
 from hspsam_monai.errors import ConfigError
 
@@ -47,10 +45,7 @@ def main(argv: list[str] | None = None) -> None:
     training_arguments(parser)
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
     parser.add_argument("--directions", nargs="+", default=list(DIRECTIONS), metavar="TRAIN:TEST")
-    parser.add_argument(
-        "--iterations", type=int,
-        help="train each source for about so many steps instead of epochs, so that a small one is not trained less",
-    )  # fmt: skip
+    iterations_argument(parser)
     args = parser.parse_args(argv)
     start_logging()
 
@@ -64,24 +59,16 @@ def main(argv: list[str] | None = None) -> None:
         if not sign or train_set == test_set:
             raise ConfigError(f"--directions got {direction!r}; expected TRAIN:TEST, two folders of {args.data}.")
         tests = {"seen": cases_of(args.data / train_set, "val"), "unseen": cases_of(args.data / test_set, "all")}
-        budget = _budget(args.iterations, len(cases_of(args.data / train_set, "train")), common)
+        steps = budget(args.iterations, len(cases_of(args.data / train_set, "train")), common)
         for seed in args.seeds:
             for variant in args.variants:
                 keys.append((direction, variant, seed))
                 overlay, changed = VARIANTS[variant]
-                overrides = {**common, **budget, **changed, "dataset_dir": str(args.data / train_set), "seed": seed}
+                overrides = {**common, **steps, **changed, "dataset_dir": str(args.data / train_set), "seed": seed}
                 runs.append(Run(f"{train_set}-{test_set}-{variant}-{seed}", overrides, overlay, tests))
     study = Study(args.output, runs)
     scores = dict(zip(keys, study.complete(), strict=True))
     publish(SECTION, _report(args.directions, args.variants, args.seeds, scores, study), args)
-
-
-def _budget(iterations: int | None, cases: int, common: dict[str, Any]) -> dict[str, int]:
-    """Override ``epochs`` so that a source of so many cases is trained for about ``iterations`` steps."""
-    if iterations is None:
-        return {}
-    batch = merged_config(overrides=common).get("batch_size")
-    return {"epochs": max(1, round(iterations / max(1, cases // batch)))}
 
 
 def _report(directions: list[str], variants: list[str], seeds: list[int], scores: dict, study: Study) -> str:

@@ -14,7 +14,7 @@ import torch
 from monai.data import Dataset
 from torch.utils.data import IterableDataset, Sampler
 
-from hspsam_monai.errors import HspsamError
+from hspsam_monai.errors import ConfigError, HspsamError
 
 logger = logging.getLogger(__name__)
 
@@ -79,11 +79,27 @@ class SeededSampler(Sampler[int]):
         shuffle: keep the order if false.
         rank: this process' number.
         replicas: number of processes; every process gets the same count, the first indices are repeated to fill.
+        draws: cases an epoch, all processes together, where that shall not be every case once: the first of each
+            epoch's own order. ``None`` for every case.
+
+    Raises:
+        ConfigError: ``draws`` is not between 1 and ``length``.
     """
 
-    def __init__(self, length: int, seed: int = 0, shuffle: bool = True, rank: int = 0, replicas: int = 1) -> None:
+    def __init__(
+        self,
+        length: int,
+        seed: int = 0,
+        shuffle: bool = True,
+        rank: int = 0,
+        replicas: int = 1,
+        draws: int | None = None,
+    ) -> None:
+        if draws is not None and not 1 <= draws <= length:
+            raise ConfigError(f"draws is {draws}; expected 1 to {length}, the number of cases.")
         self.length, self.seed, self.shuffle = length, seed, shuffle
         self.rank, self.replicas = rank, replicas
+        self.draws = length if draws is None else draws
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -92,7 +108,7 @@ class SeededSampler(Sampler[int]):
 
     def __len__(self) -> int:
         """Cases this process draws an epoch."""
-        return math.ceil(self.length / self.replicas)
+        return math.ceil(self.draws / self.replicas)
 
     def __iter__(self) -> Iterator[int]:
         """This process' indices of the epoch."""
@@ -101,7 +117,7 @@ class SeededSampler(Sampler[int]):
             seed = int(np.random.SeedSequence((self.seed, self.epoch)).generate_state(1)[0])
             order = torch.randperm(self.length, generator=torch.Generator().manual_seed(seed)).tolist()
         total = len(self) * self.replicas
-        filled = list(islice(cycle(order), total))
+        filled = list(islice(cycle(order[: self.draws]), total))
         return iter(filled[self.rank :: self.replicas])
 
 

@@ -40,6 +40,7 @@ FAR = 0.5
 CONTEXT = ("context_keys", "context_values", "context_reference", "context_print")
 
 _CALIBRATORS = 16  # supports that stand in as targets when the reference distance is measured
+_ROUNDING = 1e-4  # resampling white leaves 1 + 2^-23
 _LEAST_DISTANCE = 0.02  # copies among the supports must not make every other image look far
 
 
@@ -364,7 +365,7 @@ class ProxyPrompt(nn.Module):
                     f"Support {number} has an image of shape {tuple(image.shape)} and a mask of {tuple(mask.shape)}; "
                     "expected (3, H, W) and (H, W). Repeat a grey image over three channels."
                 )
-            if not (image.min() >= 0 and image.max() <= 1):  # also catches NaN
+            if not (image.min() >= -_ROUNDING and image.max() <= 1 + _ROUNDING):  # also catches NaN
                 raise DataError(
                     f"Support image {number} has values in [{image.min():g}, {image.max():g}]; expected [0, 1]. "
                     "Divide 8-bit values by 255."
@@ -381,7 +382,7 @@ class ProxyPrompt(nn.Module):
                     "support out, or correct its mask."
                 )
             seen |= found
-            pairs.append((image, mask))
+            pairs.append((image.clamp(0, 1), mask))
         absent = sorted(set(range(1, self.num_classes)) - seen)
         if absent:
             raise DataError(f"No support shows class {absent[0]}; expected every class in at least one support.")

@@ -2,7 +2,13 @@
 
 from hspsam_monai.training.checkpoints import Checkpointer
 from hspsam_monai.training.distillation import SelfDistillation
-from hspsam_monai.training.episodes import EpisodeDataset, SetContext, episode_batch, held_out_episodes
+from hspsam_monai.training.episodes import (
+    EpisodeDataset,
+    SetContext,
+    StoredEpisodeDataset,
+    episode_batch,
+    held_out_episodes,
+)
 from hspsam_monai.training.feature_cache import FeatureDataset, FillFeatures, stored_batch
 from hspsam_monai.training.handlers import Attach, EpochSeeds, FiniteGuard, Progress, log_file, of_this_process
 from hspsam_monai.training.losses import DiceCE
@@ -21,6 +27,7 @@ __all__ = [
     "Progress",
     "SelfDistillation",
     "SetContext",
+    "StoredEpisodeDataset",
     "environment",
     "episode_batch",
     "held_out_episodes",

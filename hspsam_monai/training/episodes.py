@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from hspsam_monai.data import SeededDataset
 from hspsam_monai.data.cases import content_hash
 from hspsam_monai.errors import ConfigError, DataError
+from hspsam_monai.networks.stored import encoded_of
+from hspsam_monai.training.feature_cache import FeatureDataset, stored_batch
 
 #: Draws of one support before a mask without object is taken as it is: augmentation may crop an object away.
 _TRIES = 4
@@ -84,13 +86,13 @@ class EpisodeDataset(SeededDataset):
         return [index, *self._groups[_task(self.data[index])]]
 
     def _transform(self, index: int) -> dict[str, Any]:
-        target = super()._transform(index)
+        target = self._target(index)
         rng = np.random.default_rng((self.seed, self.epoch, index, 1))
         index %= len(self.data)
         low, high = self.supports
         count = int(rng.integers(low, high + 1))
         order = self._different(rng.permutation(self.candidates(index)).tolist())
-        images, masks, names = [], [], []
+        images, names = [], []
         for slot in range(high):
             for attempt in range(_TRIES):
                 # Another try takes the next case that no slot has used, as far as there are any.
@@ -98,18 +100,24 @@ class EpisodeDataset(SeededDataset):
                 item = self._support(chosen, rng)
                 if (item["label"] > 0).any():
                     break
-            images.append(_plain(item["image"]))
-            masks.append(_plain(item["label"])[0])
+            images.append(item)
             names.append(str(self.data[chosen]["case"]))
         return {
-            "image": _plain(target["image"]),
+            **self._given(target, images),
             "label": _plain(target["label"]),
-            "support_images": torch.stack(images),
-            "support_masks": torch.stack(masks),
+            "support_masks": torch.stack([_plain(item["label"])[0] for item in images]),
             "supports": count,
             "case": self.data[index]["case"],
             "support_cases": "\n".join(names),
         }
+
+    def _given(self, target: dict[str, Any], supports: list[dict[str, Any]]) -> dict[str, Any]:
+        """What the network reads of the images."""
+        images = torch.stack([_plain(item["image"]) for item in supports])
+        return {"image": _plain(target["image"]), "support_images": images}
+
+    def _target(self, index: int) -> dict[str, Any]:
+        return super()._transform(index)
 
     def _support(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
         transform = self.support_transform
@@ -126,33 +134,89 @@ class EpisodeDataset(SeededDataset):
         return list(seen.values())
 
 
+class StoredEpisodeDataset(EpisodeDataset):
+    """Episodes of a frozen encoder's stored features: every view of a case is encoded once, whatever it is used for.
+
+    A target shows the view that the epoch's number says, a support any view, drawn with it.
+
+    Args:
+        features: of the images of one split, with their pixels kept (``keep=("image",)``): the support encoder reads
+            them. Its ``fill`` is called before the first epoch (:class:`FillFeatures`).
+        seed: seed of the run.
+        supports: fewest and most supports K, see :class:`EpisodeDataset`.
+        length: items an epoch.
+
+    Items: those of :class:`EpisodeDataset`, with features (C, h, w) and (K, C, h, w) by name in ``image`` and
+    ``support_features``, and ``size``, the images' (H, W).
+
+    Raises:
+        ConfigError: ``supports`` is no range of positive numbers, or the pixels are not kept.
+        DataError: a task has no second different case.
+    """
+
+    def __init__(
+        self,
+        features: FeatureDataset,
+        seed: int = 0,
+        supports: tuple[int, int] | list[int] = (1, 2),
+        length: int | None = None,
+    ) -> None:
+        if features.keys != ("image",) or features.keep != ("image",):
+            raise ConfigError("Stored episodes need features of 'image' with its pixels: keys and keep of ['image'].")
+        super().__init__(features.data, None, seed, supports, length=length)
+        self.features = features
+
+    def fill(self, network: nn.Module, workers: int = 0) -> int:
+        """Compute the features that are not there yet, see :meth:`FeatureDataset.fill`."""
+        return self.features.fill(network, workers)
+
+    def _target(self, index: int) -> dict[str, Any]:
+        return self.features.read(index % len(self.data), self.epoch % self.features.views)
+
+    def _support(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
+        return self.features.read(index, int(rng.integers(self.features.views)))
+
+    def _given(self, target: dict[str, Any], supports: list[dict[str, Any]]) -> dict[str, Any]:
+        return {
+            "image": target["image"],
+            "size": target["size"],
+            "support_images": torch.stack([item["image_pixels"] for item in supports]),
+            "support_features": {
+                name: torch.stack([item["image"][name] for item in supports]) for name in target["image"]
+            },
+        }
+
+
 def episode_batch(
     batch: dict[str, Any], device: str | torch.device | None = None, non_blocking: bool = False, **options: Any
-) -> tuple[Tensor, Tensor, tuple[Tensor, ...], dict]:
+) -> tuple[Tensor | dict[str, Tensor], Tensor, tuple[Tensor, ...], dict[str, Any]]:
     """``prepare_batch`` of MONAI's ``SupervisedTrainer``: image, label, and the supports as the network's arguments.
 
     Args:
-        batch: items of :class:`EpisodeDataset`, stacked; items without supports pass without.
+        batch: items of :class:`EpisodeDataset` or :class:`StoredEpisodeDataset`, stacked; items without supports pass
+            without.
         device: where the tensors go.
         non_blocking: see ``Tensor.to``.
         **options: further arguments of ``Tensor.to``.
 
     Returns:
-        (B, 3, H, W), (B, 1, H, W), ((B, K, 3, H, W), (B, K, H, W)), {}; K is what the first item says.
+        (B, 3, H, W), (B, 1, H, W), ((B, K, 3, H, W), (B, K, H, W)), {}; K is what the first item says. Of stored
+        features: in place of the image what :func:`stored_batch` gives, and ``support_encoded`` in the last.
     """
     if "support_images" not in batch:
         image, label = (batch[key].to(device, non_blocking=non_blocking, **options) for key in ("image", "label"))
         return image, label, (), {}
     count = int(batch["supports"][0])
-    image, label, images, masks = (
-        tensor.to(device, non_blocking=non_blocking, **options)
-        for tensor in (
-            batch["image"],
-            batch["label"],
-            batch["support_images"][:, :count],
-            batch["support_masks"][:, :count],
-        )
+    images, masks = (
+        batch[key][:, :count].to(device, non_blocking=non_blocking, **options)
+        for key in ("support_images", "support_masks")
     )
+    if "support_features" in batch:
+        image, label = stored_batch(batch, device, non_blocking, **options)
+        flat = {name: t[:, :count].flatten(0, 1) for name, t in batch["support_features"].items()}
+        encoded, _ = stored_batch({**batch, "image": flat}, device, non_blocking, **options)
+        return image, label, (images, masks), {"support_encoded": encoded_of(encoded)}
+    image, label = (batch[key].to(device, non_blocking=non_blocking, **options) for key in ("image", "label"))
     return image, label, (images, masks), {}
 
 

@@ -87,7 +87,11 @@ class FeatureDataset(Dataset):
         self.view = epoch % self.views
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """One item of the current view.
+        """One item of the current view, see :meth:`read`."""
+        return self.read(index, self.view)
+
+    def read(self, index: int, view: int) -> dict[str, Any]:
+        """One item of one of the V views.
 
         Raises:
             ConfigError: :meth:`fill` was not called.
@@ -95,7 +99,7 @@ class FeatureDataset(Dataset):
         """
         if self._paths is None:
             raise ConfigError("The features were not computed: add FillFeatures to the trainer's handlers.")
-        return read_item(self._paths[self.view][index])
+        return read_item(self._paths[view][index])
 
     def paths(self, network: nn.Module) -> list[list[Path]]:
         """The file of each view and case: ``[view][index]``, there or not."""

@@ -7,9 +7,11 @@ import sys
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional as F
 
-from hspsam_monai.data import find_cases, write_phantoms
+from hspsam_monai.data import find_cases, mask_values, read_image, read_mask, write_phantoms
 from hspsam_monai.errors import ConfigError, DataError
+from hspsam_monai.transforms import fit_image
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -82,10 +84,13 @@ def test_every_script_has_its_section(repo):
     import prompt_ablation
     import run
     import sam_sp_ablation
+    import support_curve
+    import systems
     import unseen_sources
 
     text = (repo / "benchmarks" / "RESULTS.md").read_text()
-    for script in (box_prompt, unseen_sources, prompt_ablation, sam_sp_ablation, few_shot, int8):
+    trained = (unseen_sources, prompt_ablation, sam_sp_ablation, systems, few_shot, support_curve)
+    for script in (box_prompt, *trained, int8):
         assert text.count(f"<!-- section: {script.SECTION} -->") == 1
     sections = re.findall(r"<!-- section: (\S+) -->", text)
     assert sections == re.findall(r"<!-- end: (\S+) -->", text)
@@ -205,13 +210,13 @@ def test_variants_of_the_unseen_study_differ_in_the_prompts_alone():
 
 
 def test_a_budget_in_iterations_trains_every_source_equally_long():
-    from unseen_sources import _budget
+    from studies import budget
 
-    assert _budget(None, 792, {}) == {}
-    assert _budget(600, 792, {}) == {"epochs": 6}  # 99 steps of 8
-    assert _budget(600, 478, {}) == {"epochs": 10}  # 59 steps of 8
-    assert _budget(600, 792, {"batch_size": 4}) == {"epochs": 3}
-    assert _budget(10, 3, {}) == {"epochs": 10}  # fewer cases than a batch are one step
+    assert budget(None, 792, {}) == {}
+    assert budget(600, 792, {}) == {"epochs": 6}  # 99 steps of 8
+    assert budget(600, 478, {}) == {"epochs": 10}  # 59 steps of 8
+    assert budget(600, 792, {"batch_size": 4}) == {"epochs": 3}
+    assert budget(10, 3, {}) == {"epochs": 10}  # fewer cases than a batch are one step
 
 
 def test_variants_of_sam_sp_differ_in_one_thing_and_zero_passes_come_first():
@@ -252,11 +257,77 @@ def test_few_shot_methods_share_cases_and_budget(phantoms):
     assert "+0.3000 ± 0.0000 | +0.3000 [+0.3000, +0.3000] |" in text
 
 
+def test_systems_share_everything_but_the_network(phantoms):
+    from studies import merged_config
+    from systems import SYSTEMS, _report
+
+    configs = {name: merged_config(overlay, changed) for name, (overlay, changed) in SYSTEMS.items()}
+    for key in ("epochs", "batch_size", "image_size", "augmentation", "warmup", "power", "ema", "keep", "lr"):
+        assert len({json.dumps(config[key]) for config in configs.values()}) == 1, key
+    adapted = {name: config.get("network_def")["adapt"] for name, config in configs.items()}
+    assert adapted == {"hsp": "full", "hsp-lora": "lora", "sam-sp": "lora", "sam-sp-full": "full"}
+    scores = {("p", s, d): {"val": {"a": base + d / 10, "b": base}} for s, base in (("hsp", 0.8), ("sam-sp", 0.7))
+              for d in (0, 1)}  # fmt: skip
+    text = _report(["p"], ["hsp", "sam-sp"], [0, 1], scores)
+    assert "| p (2) | sam-sp | 0.7000 | 0.7500 | 0.7250 | 0.0% | +0.1000 [+0.1000, +0.1000] |" in text
+
+
+def test_the_curves_references_need_no_training(phantoms):
+    from common import image_tensor
+    from support_curve import METHODS, _candidates, _report
+
+    from hspsam_monai.networks import ProxyPrompt
+
+    torch.manual_seed(0)
+    small = {"value_width": 24, "mamba_depth": 1, "mamba_state": 2, "ffn_width": 16, "top_k": 1}
+    network = ProxyPrompt("mobile_sam", image_size=64, **small).eval()
+    cases = [case for case in find_cases(phantoms / "kvasir") if mask_values(case["label"]) != {0}][:2]
+    found = _candidates(network, 64, cases)
+    assert set(found) == set(METHODS) and len(network.context_keys) == 2 * 16
+    image = fit_image(image_tensor(cases[0]["image"]), 64)
+    label = torch.from_numpy(read_mask(cases[0]["label"], 2))[None, None].float()
+    label = F.interpolate(label, (64, 64), mode="nearest-exact")
+    cells = F.adaptive_avg_pool2d(label, 4)
+    with torch.no_grad():
+        nearest, copy = (found[name](image)[:, 1:].sigmoid() for name in ("nearest", "copy"))
+    # A support itself finds its own cells; the copy is the mean of both masks.
+    assert (F.interpolate(nearest, (4, 4), mode="bilinear", antialias=True) - cells).abs().mean() < 0.15
+    assert copy.min() < 0.01 and set(copy.unique().round(decimals=2).tolist()) <= {0.0, 0.5, 1.0}
+
+    scores = {(m, k, d): {"a": 0.5 + k / 100, "b": 0.5} for m in METHODS for k in (1, 4) for d in (0, 1)}
+    text = _report("busi", [1, 4], [0, 1], scores)
+    assert "| proxy | 4 | 0.5200 | 0.5200 | 0.5200 ± 0.0000 | 0.0% | +0.0150" in text
+
+
+def test_slices_are_a_data_set_of_pictures(tmp_path):
+    import nibabel
+    from slices import write_slices
+
+    affine, names = np.eye(4), {"train": ["a", "b"], "val": ["c"]}
+    for case in "abc":
+        image, label = np.zeros((10, 12, 8), np.float32), np.zeros((10, 12, 8), np.uint8)
+        label[2:7, 3:8, 2:7] = 2
+        image[label > 0] = 500 + ord(case)
+        for kind, array in (("imagesTr", image), ("labelsTr", label)):
+            (tmp_path / "volumes" / kind).mkdir(parents=True, exist_ok=True)
+            nibabel.save(nibabel.Nifti1Image(array, affine), tmp_path / "volumes" / kind / f"{case}.nii.gz")
+    (tmp_path / "volumes" / "splits.json").write_text(json.dumps(names))
+    (root,) = write_slices(tmp_path / "volumes", tmp_path / "out", {"organ": {2}}, 3)
+    assert [case["case"] for case in find_cases(root, "val")] == ["c_003", "c_004", "c_005"]
+    for case in find_cases(root):
+        grey, mask = read_image(case["image"])[..., 0], read_mask(case["label"], 2)
+        assert mask.shape == (12, 10) and mask.sum() == 25
+        assert ((grey > 0.9) == (mask > 0)).all()
+        assert mask[12 - 8 : 12 - 3, 2:7].all()  # rows from the last voxel of the second axis to its first
+    with pytest.raises(DataError, match="without heart"):
+        write_slices(tmp_path / "volumes", tmp_path / "out", {"heart": {1}})
+
+
 # Studies
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["few_shot", "sam_sp_ablation"])
+@pytest.mark.parametrize("name", ["few_shot", "sam_sp_ablation", "systems"])
 def test_the_other_networks_studies_end_with_a_table(name, phantoms, tmp_path, capsys):
     import importlib
 
@@ -267,11 +338,14 @@ def test_the_other_networks_studies_end_with_a_table(name, phantoms, tmp_path, c
     words += ["--results", str(results), "--epochs", "1", "--image-size", "64"]
     if name == "few_shot":
         words += ["--sets", "kvasir", "--cases", "3", "--set", "draws=4", "batch_size=2"]
+    elif name == "systems":
+        words += ["--sets", "kvasir", "--set", "batch_size=4"]
     else:
         words += ["--steps", "0", "1", "--prompts", "--distillation", "--set", "batch_size=4"]
     script.main(words)
     text = results.read_text()
-    expected = ("proxy", "decoder", "hsp") if name == "few_shot" else ("s0", "s1-box")
+    rows = {"few_shot": ("proxy", "decoder", "hsp"), "sam_sp_ablation": ("s0", "s1-box"), "systems": ("hsp", "sam-sp")}
+    expected = rows[name]
     assert all(f"| {one} |" in text for one in expected) and str(tmp_path) not in text
     capsys.readouterr()
 

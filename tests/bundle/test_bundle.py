@@ -1,5 +1,6 @@
 """The bundle as MONAI's own tools see it."""
 
+import csv
 import json
 import os
 import subprocess
@@ -133,6 +134,31 @@ def test_a_networks_recipe_starts(bundle, network, phantoms, tmp_path):
     workflow.initialize()
     for part in ("ema_handler", "scheduler", "train::loss"):
         assert workflow.parser.get_parsed_content(part) is not None
+
+
+def test_one_proxy_prompt_is_trained_on_many_tasks(bundle, tmp_path):
+    from hspsam_monai.encoders.weights import read_state
+
+    for seed, task in enumerate(("polyp", "blob")):
+        write_phantoms(tmp_path / "data" / task, 6, seed=seed, size=(64, 64), empty_fraction=0, val_fraction=0.34)
+    small = {"value_width": 24, "mamba_depth": 1, "mamba_state": 2, "ffn_width": 16}
+    options = {f"network_def::{key}": value for key, value in small.items()}
+    options |= {"image_size": 64, "epochs": 2, "draws": 6, "batch_size": 3, "validation_supports": 1}
+    options |= {"dataset_dir": str(tmp_path / "data"), "output_dir": str(tmp_path / "run"), "pretrained": None}
+    files = configs(bundle, "train", "network/proxy_prompt", "task/many")
+    workflow = ConfigWorkflow(files, workflow_type="train", **options)
+    workflow.initialize()
+    workflow.run()
+    episodes = workflow.parser.get_parsed_content("train::dataset")
+    for index in range(len(episodes)):
+        item = episodes[index]
+        task = item["case"].split("/")[0]
+        assert all(name.split("/")[0] == task != item["case"] for name in item["support_cases"].split("\n"))
+    assert len(list((tmp_path / "run" / "features").iterdir())) == 2 * 8 + 4
+    state = read_state(tmp_path / "run" / "model.pt")
+    assert not len(state["context_keys"])  # a context of mixed tasks would say nothing
+    with (tmp_path / "run" / "learning_curve.csv").open() as file:
+        assert [bool(row["val_mean_dice"]) for row in csv.DictReader(file)] == [True, True]
 
 
 def test_large_encoders_are_trained_with_checkpointing(bundle, monkeypatch):

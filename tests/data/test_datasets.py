@@ -6,6 +6,7 @@ from monai.data import DataLoader
 from monai.transforms import Compose, LoadImaged, RandAffined, RandFlipd, RandGaussianNoised
 
 from hspsam_monai.data import SeededDataset, SeededSampler, TolerantDataset, find_cases, write_phantoms
+from hspsam_monai.errors import ConfigError
 from hspsam_monai.transforms import RandCamerad, RandEmptyCropd
 
 
@@ -106,6 +107,19 @@ def test_order_depends_on_seed_and_epoch_alone():
     again.set_epoch(1)
     assert list(again) != first and list(SeededSampler(50, 4)) != first
     assert list(SeededSampler(50, 3, shuffle=False)) == list(range(50))
+
+
+def test_an_epoch_may_draw_fewer_cases():
+    whole, some = SeededSampler(20, 3), SeededSampler(20, 3, draws=6)
+    for epoch in range(3):
+        for sampler in (whole, some):
+            sampler.set_epoch(epoch)
+        assert len(some) == 6 and list(some) == list(whole)[:6]
+    shards = [list(SeededSampler(20, 3, rank=rank, replicas=2, draws=6)) for rank in range(2)]
+    assert sorted(shards[0] + shards[1]) == sorted(list(SeededSampler(20, 3))[:6])
+    for draws in (0, 21):
+        with pytest.raises(ConfigError, match="draws is"):
+            SeededSampler(20, draws=draws)
 
 
 # -- bad files

@@ -252,6 +252,18 @@ def test_faulty_supports_are_named(network, name, error, message):
     assert not len(network.context_keys)
 
 
+def test_rounding_of_resampled_white_is_no_fault():
+    network, (images, masks) = build().eval(), supports(2)
+    white = images.clone()
+    white[0] = 1.0
+    network.set_context(white, masks)
+    expected = network.context_values
+    white[0] += 2**-20  # what bilinear weights that do not sum to 1 exactly make of it
+    assert white.max() > 1
+    network.set_context(white, masks)
+    assert torch.equal(network.context_values, expected)
+
+
 def test_a_class_that_no_support_shows():
     with pytest.raises(DataError, match="No support shows class 2"):
         build(num_classes=3).set_context(*supports(2))

@@ -17,7 +17,15 @@ from hspsam_monai.data import SeededDataset
 from hspsam_monai.errors import ConfigError, DataError, TrainingError
 from hspsam_monai.networks import HSPSAM, ConvPyramidSAM, ProxyPrompt
 from hspsam_monai.networks.stored import encoded_of
-from hspsam_monai.training import EpisodeDataset, FeatureDataset, FillFeatures, feature_cache, stored_batch
+from hspsam_monai.training import (
+    EpisodeDataset,
+    FeatureDataset,
+    FillFeatures,
+    StoredEpisodeDataset,
+    episode_batch,
+    feature_cache,
+    stored_batch,
+)
 from hspsam_monai.transforms import RandCamerad
 
 
@@ -89,21 +97,52 @@ def test_values_beyond_the_type_are_refused(network, cases, tmp_path):
     assert names(tmp_path) == []
 
 
-def test_supports_are_stored_beside_their_pixels(cases, tmp_path):
+def test_episodes_of_stored_features_say_what_those_of_images_say(cases, tmp_path):
     small = {"value_width": 24, "mamba_depth": 1, "mamba_state": 2, "ffn_width": 16}
-    proxy = ProxyPrompt("mobile_sam", image_size=32, **small)
-    episodes = EpisodeDataset(cases, images(cases).transform, supports=(1, 2))
-    stored = FeatureDataset(episodes, tmp_path, 1, "float32", ("image", "support_images"), ("support_images",))
-    stored.fill(proxy)
-    item, expected = stored[1], episodes[1]
-    assert torch.equal(item["support_images_pixels"], expected["support_images"])
-    assert item["supports"] == expected["supports"] and item["support_cases"] == expected["support_cases"]
-    with torch.no_grad():
-        embedding = proxy.eval().encode(expected["support_images"]).features.embedding
-    assert torch.equal(item["support_images"]["embedding"], embedding)
-    others = EpisodeDataset([*cases[:2], {**cases[2], "image": cases[2]["image"] / 2}], episodes.transform)
-    changed = FeatureDataset(others, tmp_path, 1, "float32", ("image", "support_images"), ("support_images",))
-    assert not {p.name for p in changed.paths(proxy)[0]} & set(names(tmp_path))  # case 2 may support any of them
+    proxy = ProxyPrompt("mobile_sam", image_size=32, **small).eval()
+    stored = FeatureDataset(images(cases), tmp_path, 2, "float32", keep=("image",))
+    episodes = StoredEpisodeDataset(stored, seed=3, supports=(2, 2))
+    assert episodes.fill(proxy) == 6
+    for epoch in range(3):
+        episodes.set_epoch(epoch)
+        items = [episodes[i] for i in range(3)]
+        views = [images(cases), images(cases)]
+        views[1].set_epoch(1)
+        for item in items:
+            own = int(item["case"][1])
+            target = views[epoch % 2][own]
+            assert torch.equal(item["label"], torch.as_tensor(target["label"]))
+            supports = item["support_cases"].split("\n")
+            assert item["case"] not in supports and len(set(supports)) == 2
+            for name, image, mask in zip(supports, item["support_images"], item["support_masks"], strict=True):
+                shown = [view[int(name[1])] for view in views]
+                assert any(torch.equal(image, one["image"]) and torch.equal(mask, one["label"][0]) for one in shown)
+        batch = torch.utils.data.default_collate(items)
+        target, label, (pixels, masks), options = episode_batch(batch, torch.device("cpu"))
+        with torch.no_grad():
+            found = proxy(encoded_of(target), pixels, masks, **options)
+            image = torch.stack([views[epoch % 2][i]["image"] for i in range(3)])
+            expected = proxy(image, pixels, masks)
+        assert label.shape == (3, 1, 32, 32) and (found - expected).abs().max() < 1e-4 * expected.abs().max()
+    again = StoredEpisodeDataset(stored, seed=3, supports=(2, 2))
+    again.set_epoch(2)
+    assert again[1]["support_cases"] == items[1]["support_cases"]
+    assert len({StoredEpisodeDataset(stored, seed=s)[0]["support_cases"] for s in range(8)}) > 1
+
+
+def test_stored_episodes_need_the_pixels(cases, tmp_path):
+    with pytest.raises(ConfigError, match="with its pixels"):
+        StoredEpisodeDataset(FeatureDataset(images(cases), tmp_path))
+
+
+def test_files_of_episodes_depend_on_every_case_that_may_support(network, cases, tmp_path):
+    transform = images(cases).transform
+    others = [*cases[:2], {**cases[2], "image": cases[2]["image"] / 2}]
+    before, after = (
+        FeatureDataset(EpisodeDataset(some, transform), tmp_path, 1, "float32").paths(network)[0]
+        for some in (cases, others)
+    )
+    assert not set(before) & set(after)
 
 
 # -- kept, and never stale
