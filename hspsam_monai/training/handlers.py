@@ -145,7 +145,7 @@ class Progress:
         engine.add_event_handler(Events.EXCEPTION_RAISED, self._fail)
 
     def _start(self, engine: Engine) -> None:
-        self._begin = self._printed = time.monotonic()
+        self._begin = self._printed = self._paced = time.monotonic()
         self._first: int | None = None
         if sys.stderr.isatty() and logger.isEnabledFor(logging.INFO):
             from rich.console import Console
@@ -171,8 +171,8 @@ class Progress:
             self._bar.start()
 
     def _epoch(self, engine: Engine) -> None:
-        if self._first is None:  # a resumed run counts its own iterations only
-            self._first = engine.state.iteration
+        if self._first is None:  # a resumed run counts its own iterations only, and none its preparations
+            self._first, self._paced = engine.state.iteration, time.monotonic()
 
     def _step(self, engine: Engine) -> None:
         state, now = engine.state, time.monotonic()
@@ -186,7 +186,7 @@ class Progress:
             self._bar.update(self._task, description=text, completed=state.iteration, total=total)
         elif now - self._printed >= self.every:
             self._printed = now
-            rate = (state.iteration - (self._first or 0)) / max(now - self._begin, 1e-9)
+            rate = (state.iteration - self._first) / max(now - self._paced, 1e-9)
             left = f", {clock((total - state.iteration) / rate)} left" if total and rate else ""
             logger.info("%s, iteration %s/%s, %.2f it/s%s", text, state.iteration, total or "?", rate, left)
 

@@ -170,6 +170,23 @@ def test_progress_says_where_it_stands_and_when_it_ends(caplog):
     assert lines[-1].startswith("Training: done in")
 
 
+def test_the_time_left_does_not_count_preparations(caplog, monkeypatch):
+    """Features are filled for an hour before the first iteration; a second an iteration is what counts."""
+    now = [0.0]
+    monkeypatch.setattr("hspsam_monai.training.handlers.time.monotonic", lambda: now[0])
+
+    def spend(seconds):
+        now[0] += seconds
+
+    engine = trainer(cases(), [Progress(every=0)], epochs=2)
+    engine.add_event_handler(Events.STARTED, lambda _: spend(3600))
+    engine.add_event_handler(Events.ITERATION_STARTED, lambda _: spend(1))
+    with caplog.at_level(logging.INFO, "hspsam_monai.training.handlers"):
+        engine.run()
+    lines = [record.message for record in caplog.records if record.name.endswith("handlers")]
+    assert lines[3].endswith("iteration 4/8, 1.00 it/s, 4 s left") and lines[-1] == "Training: done in 1 h 00 min."
+
+
 def test_progress_hides_no_error():
     def fail(prediction, label):
         raise ZeroDivisionError("here")
