@@ -14,7 +14,7 @@ from hspsam_monai.errors import ConfigError, WeightsError
 
 #: Beside a run's ``model.pt``: labels, image size and network.
 OVERLAY = "network.json"
-NETWORK_KEYS = ("labels", "num_classes", "image_size", "network_def")
+NETWORK_KEYS = ("labels", "num_classes", "image_size", "min_confidence", "network_def")
 #: The one expression that an overlay of ours holds.
 _HARMLESS = {"$len(@labels)"}
 
@@ -65,7 +65,8 @@ def find_model(source: str | Path | None, supports: bool = False) -> Model:
             "model.pt after its first validation."
         )
     overlay = path.parent / OVERLAY
-    model = Model(path.resolve(), read_overlay(overlay) if overlay.is_file() else _shipped_network(supports))
+    network = read_overlay(overlay) if overlay.is_file() else _shipped_network(supports)
+    model = Model(path.resolve(), {"min_confidence": 0.0} | network)  # runs before this entry dropped nothing
     target = str(model.network["network_def"]["_target_"])
     if supports and not target.endswith(".ProxyPrompt"):
         raise ConfigError(

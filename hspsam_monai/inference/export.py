@@ -149,7 +149,7 @@ def _metadata(network: nn.Module, image_size: int, labels: Mapping[str, int] | N
         "classes": json.dumps(dict(classes)),
         "image_size": str(image_size),
         "input": "image (B, 3, H, W): RGB in [0, 1], resized bilinearly with antialiasing, aspect ratio not kept",
-        "output": "pred (B, K, H, W): logits; argmax over K is the mask",
+        "output": "pred (B, K, H, W): logits; argmax over K is the mask (doubtful components still in it)",
         "hspsam_monai": hspsam_monai.__version__,
     }
 

@@ -79,6 +79,7 @@ def test_a_section_that_is_not_there_is_refused(tmp_path, name, content, message
 
 def test_every_script_has_its_section(repo):
     import box_prompt
+    import doubtful
     import few_shot
     import int8
     import prompt_ablation
@@ -90,7 +91,7 @@ def test_every_script_has_its_section(repo):
 
     text = (repo / "benchmarks" / "RESULTS.md").read_text()
     trained = (unseen_sources, prompt_ablation, sam_sp_ablation, systems, few_shot, support_curve)
-    for script in (box_prompt, *trained, int8):
+    for script in (box_prompt, *trained, int8, doubtful):
         assert text.count(f"<!-- section: {script.SECTION} -->") == 1
     sections = re.findall(r"<!-- section: (\S+) -->", text)
     assert sections == re.findall(r"<!-- end: (\S+) -->", text)
@@ -107,6 +108,47 @@ def test_the_machine_is_described_without_its_name():
     assert found["threads"] == torch.get_num_threads()
     assert found["versions"]["torch"] in machine_line()
     assert socket.gethostname() not in json.dumps(list(found.values())[:-1])
+
+
+# Doubtful components
+
+
+def test_the_largest_band_beside_the_object_is_empty_and_thin_ones_are_none():
+    from doubtful import empty_band
+
+    mask = np.zeros((10, 20), np.uint8)
+    mask[2:5, 3:9] = 1
+    window = empty_band(mask)
+    assert window == (slice(None), slice(9, 20)) and not mask[window].any()  # 0.55 of the width, 0.5 of the height
+    mask[1:9, 2:17] = 1
+    assert empty_band(mask) is None
+
+
+def test_bars_are_measured_on_images_and_their_empty_parts(phantoms, tmp_path, capsys):
+    from doubtful import main
+
+    words = ["--data", str(phantoms), "--measure", "shipped:kvasir:all", "--bars", "0", "0.999", "--limit", "3"]
+    main([*words, "--output", str(tmp_path)])
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| shipped |")]
+    assert [line.split("|")[3].strip() for line in lines] == ["0", "0.999"]
+    assert lines[1].split("|")[-2].strip() == "1.0000"  # nothing is that sure: every empty part stays empty
+    with pytest.raises(ConfigError, match="MODEL:SET:SPLIT"):
+        main([*words[:3], "shipped"])
+
+
+def test_the_generators_tasks_are_parts_of_data_sets_with_their_splits(phantoms, tmp_path):
+    from tasks import copy_part
+
+    source, root = phantoms / "kvasir", tmp_path / "task"
+    copy_part(source, root, (2, 1), 0)
+    splits, own = (json.loads((folder / "splits.json").read_text()) for folder in (root, source))
+    assert {name: len(cases) for name, cases in splits.items()} == {"train": 2, "val": 1}
+    assert all(set(splits[name]) <= set(own[name]) for name in splits)
+    assert all(mask_values(case["label"]) != {0} for case in find_cases(root))
+    assert len(find_cases(root)) == 3
+    before = sorted(path.stat().st_mtime_ns for path in root.rglob("*"))
+    copy_part(source, root, (3, 1), 1)  # is there already
+    assert sorted(path.stat().st_mtime_ns for path in root.rglob("*")) == before
 
 
 # Intervals

@@ -1,6 +1,7 @@
 """The bundle as MONAI's own tools see it."""
 
 import csv
+import itertools
 import json
 import os
 import subprocess
@@ -265,6 +266,30 @@ def test_evaluate_and_inference_agree_and_survive_a_bad_file(bundle, phantoms, t
     for case, count in pixels.items():
         mask = read_mask(tmp_path / "masks" / f"{case}.png", 2)
         assert int((mask == 1).sum()) == count  # both faces, the same mask
+
+
+def test_doubtful_components_are_dropped_by_evaluate_and_inference(bundle, phantoms, trained, tmp_path):
+    overlay, model = str(trained / "network.json"), str(trained / "model.pt")
+    assert json.loads(Path(overlay).read_text())["min_confidence"] == 0.6  # the polyp task's
+    files = {
+        "train": [*configs(bundle, "train", "task/polyp"), overlay, *configs(bundle, "evaluate")],
+        "infer": [*configs(bundle, "inference"), overlay],
+    }
+    data = {"train": str(phantoms), "infer": str(phantoms / "images")}
+    found = {}
+    for kind, bar in itertools.product(files, (0.0, 0.999)):
+        output = tmp_path / f"{kind}-{bar}"
+        workflow = ConfigWorkflow(
+            files[kind], workflow_type=kind, dataset_dir=data[kind], model=model, output_dir=str(output),
+            min_confidence=bar, flips=False,
+        )  # fmt: skip
+        workflow.initialize()
+        workflow.run()
+        with (output / "cases.csv").open(newline="") as file:
+            found[kind, bar] = {row["case"]: int(row["pred_pixels"]) for row in csv.DictReader(file)}
+    assert any(found["train", 0.0].values()), "the network of this test must find something for a bar to take away"
+    assert found["train", 0.0].items() <= found["infer", 0.0].items()
+    assert not any(found["train", 0.999].values()) and not any(found["infer", 0.999].values())
 
 
 def test_supports_prompt_through_the_bundle(bundle, tmp_path):

@@ -170,6 +170,14 @@ class TestModels:
         with pytest.raises(ConfigError):
             read_overlay(overlay)
 
+    def test_runs_of_before_min_confidence_drop_nothing(self, run: Path, tmp_path: Path):
+        config = json.loads((run / "network.json").read_text())
+        assert find_model(run).network["min_confidence"] == config.pop("min_confidence")
+        (tmp_path / "network.json").write_text(json.dumps(config))
+        (tmp_path / "model.pt").write_bytes(b"")
+        assert find_model(tmp_path).network["min_confidence"] == 0
+        assert find_model(None).network["min_confidence"] == 0.6  # the shipped polyp model
+
 
 class TestCheck:
     def test_good(self, phantoms: Path):
