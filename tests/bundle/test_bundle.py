@@ -268,6 +268,20 @@ def test_evaluate_and_inference_agree_and_survive_a_bad_file(bundle, phantoms, t
         assert int((mask == 1).sum()) == count  # both faces, the same mask
 
 
+@pytest.mark.parametrize("overlays", [("network/hsp_sam_frozen",), ("network/sam_decoder", "task/few_shot")])
+def test_evaluation_reads_the_images_themselves_whatever_the_training_validated_on(
+    bundle, phantoms, tmp_path, overlays
+):
+    """Overlays whose training validates on stored features or episodes are scored on the images, mirrored too."""
+    values = {"dataset_dir": str(phantoms), "output_dir": str(tmp_path), "image_size": 64, "model": "none"}
+    workflow = ConfigWorkflow(configs(bundle, "train", *overlays, "evaluate"), workflow_type="train", **values)
+    workflow.parser["initialize"] = ["$hspsam_monai.training.write_record(@output_dir)"]
+    workflow.initialize()
+    workflow.run()
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["n"] == 2 and summary["meta"]["flips"] is True
+
+
 def test_doubtful_components_are_dropped_by_evaluate_and_inference(bundle, phantoms, trained, tmp_path):
     overlay, model = str(trained / "network.json"), str(trained / "model.pt")
     assert json.loads(Path(overlay).read_text())["min_confidence"] == 0.6  # the polyp task's
