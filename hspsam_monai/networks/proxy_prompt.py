@@ -346,8 +346,11 @@ class ProxyPrompt(nn.Module):
         return torch.frombuffer(bytearray(digest.digest()), dtype=torch.uint8)
 
     def _versions(self) -> tuple:
-        """Changes whenever one of the printed tensors is written to, in any way, at no cost."""
-        return tuple((t.data_ptr(), t._version) for t in self._printed())
+        """Changes whenever one of the printed tensors is written to, in any way, at no cost.
+
+        Writing to tensors made under ``inference_mode`` leaves no trace, so with them no two calls are equal.
+        """
+        return tuple((t.data_ptr(), object() if t.is_inference() else t._version) for t in self._printed())
 
     def _check_supports(
         self, images: Tensor | Sequence[Tensor], masks: Tensor | Sequence[Tensor]

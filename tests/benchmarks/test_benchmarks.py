@@ -83,6 +83,7 @@ def test_every_script_has_its_section(repo):
     import few_shot
     import int8
     import prompt_ablation
+    import proxy_speed
     import run
     import sam_sp_ablation
     import support_curve
@@ -91,7 +92,7 @@ def test_every_script_has_its_section(repo):
 
     text = (repo / "benchmarks" / "RESULTS.md").read_text()
     trained = (unseen_sources, prompt_ablation, sam_sp_ablation, systems, few_shot, support_curve)
-    for script in (box_prompt, *trained, int8, doubtful):
+    for script in (box_prompt, *trained, int8, doubtful, proxy_speed):
         assert text.count(f"<!-- section: {script.SECTION} -->") == 1
     sections = re.findall(r"<!-- section: (\S+) -->", text)
     assert sections == re.findall(r"<!-- end: (\S+) -->", text)
@@ -339,6 +340,16 @@ def test_the_curves_references_need_no_training(phantoms):
     scores = {(m, k, d): {"a": 0.5 + k / 100, "b": 0.5} for m in METHODS for k in (1, 4) for d in (0, 1)}
     text = _report("busi", [1, 4], [0, 1], scores)
     assert "| proxy | 4 | 0.5200 | 0.5200 | 0.5200 ± 0.0000 | 0.0% | +0.0150" in text
+
+
+def test_proxy_speed_sets_every_context_and_its_recurrence_is_the_scans(capsys):
+    import proxy_speed
+
+    proxy_speed.main("--dry --sizes 64 --supports 1 3 --tokens 64 128 --seconds 0.01".split())
+    out = capsys.readouterr().out
+    assert [line.split("|")[2].strip() for line in out.splitlines() if line.startswith("| 64 |")] == ["K = 1", "K = 3"]
+    assert "scan, 128 tokens" in out and "plain recurrence, 64 tokens" in out
+    assert float(out.split("64 tokens: ")[-1].split()[0].rstrip(".")) < 1e-6
 
 
 def test_slices_are_a_data_set_of_pictures(tmp_path):

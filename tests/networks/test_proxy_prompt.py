@@ -160,6 +160,16 @@ def test_a_context_is_saved_with_the_network(tmp_path, half):
     assert torch.equal(copy.deepcopy(network)(x), network(x))
 
 
+def test_a_network_built_in_inference_mode_checks_its_context_each_time():
+    with torch.inference_mode():
+        network = build().eval()
+        network.set_context(*supports(2))
+        assert network(torch.rand(1, 3, 64, 64)).isfinite().all()
+        network.csm.patch.weight.mul_(1.5)  # leaves no version behind
+        with pytest.raises(ConfigError, match="made by other weights"):
+            network(torch.rand(1, 3, 64, 64))
+
+
 @torch.no_grad()
 def test_a_context_alone_is_switched_and_refused_by_other_weights(tmp_path):
     network = build().eval()

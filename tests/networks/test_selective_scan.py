@@ -1,7 +1,5 @@
 """The selective scan against the recurrence it computes, in value and gradient; the blocks made of it."""
 
-import time
-
 import pytest
 import torch
 
@@ -86,21 +84,6 @@ def test_what_is_kept_for_backward_is_linear_in_length():
     small, large = kept(4 * CHUNK), kept(16 * CHUNK)
     assert large <= 4.01 * small
     assert large < 16 * CHUNK * 8 * 16  # less than the states of all tokens
-
-
-@pytest.mark.slow
-def test_time_per_token_is_constant():
-    def seconds(length):
-        parts = arguments(1, length, 64, 8, torch.float32)
-        best = float("inf")
-        for _ in range(5):
-            begin = time.process_time()
-            selective_scan(*parts)
-            best = min(best, time.process_time() - begin)
-        return best / length
-
-    seconds(1024)
-    assert seconds(16384) < 1.2 * seconds(1024)
 
 
 def test_shapes_that_disagree_are_refused():
