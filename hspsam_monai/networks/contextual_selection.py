@@ -7,6 +7,9 @@ Where the paper (arXiv 2502.03501) is silent the choices are ours (P: drawn in i
 row-major tokens; bridge 1x1 conv, LN, GELU, 3x3 conv; the map (P) is a softmax over the top k support cells of
 -|k_s - k_x|^2 / sqrt(C) on features scaled to length sqrt(C), times one learned sharpness, since frozen features of
 other lengths make it flat or hard.
+
+Beside the learned values every support cell says how much of it the object covers. That one number needs no training,
+so what the map reads of it points at the object from the first step on, and on tasks that no training has seen.
 """
 
 from __future__ import annotations
@@ -22,11 +25,16 @@ from hspsam_monai.networks.layers import LayerNorm2d
 from hspsam_monai.networks.sam_decoder import WIDTH
 from hspsam_monai.networks.selective_scan import VisionMambaBlock
 
+#: Of the map before training. At 1, the metric as published, a small object's few cells are drowned by their
+#: neighbours: without any training the share of a spleen finds 0.29 (Dice), at 4 0.51 (MobileSAM, 384 pixels).
+SHARPNESS = 4.0
+
 
 class Context(NamedTuple):
     """What the supports say, for each of B images (or 1 for all): M = K h w cells.
 
-    ``keys`` (B | 1, M, C) unit vectors; ``values`` (B | 1, M, N C) for N objects.
+    ``keys`` (B | 1, M, C) unit vectors; ``values`` (B | 1, M, N (C + 1)) for N objects: C learned numbers, then the
+    share of the cell that the object covers, in [0, 1].
     """
 
     keys: Tensor
@@ -123,7 +131,7 @@ class ContextualSelectiveModule(nn.Module):
             nn.GELU(),
             nn.Conv2d(hidden, width, 3, padding=1),
         )
-        self.log_sharpness = nn.Parameter(torch.zeros(()))
+        self.log_sharpness = nn.Parameter(torch.tensor(math.log(SHARPNESS)))
 
     def encode(self, images: Tensor, masks: Tensor) -> Tensor:
         """CSM 1, images (S, 3, H, W) in [0, 1] and masks of one object each (S, H, W) in {0, 1} -> V (S, C^v, h, w)."""
@@ -140,19 +148,25 @@ class ContextualSelectiveModule(nn.Module):
             features: (S, C, h, w) frozen.
 
         Returns:
-            A_agg (S, N, C, h, w).
+            (S, N, C + 1, h, w): A_agg, and last the share of each cell that the object covers.
         """
         supports, objects = masks.shape[:2]
         repeated = images[:, None].expand(-1, objects, -1, -1, -1).flatten(0, 1)
         v = self.encode(repeated, masks.flatten(0, 1))
         features = features[:, None].expand(-1, objects, -1, -1, -1).flatten(0, 1)
-        return self.bridge(torch.cat([v, features.to(v.dtype)], dim=1)).unflatten(0, (supports, objects))
+        a_agg = self.bridge(torch.cat([v, features.to(v.dtype)], dim=1)).unflatten(0, (supports, objects))
+        share = F.adaptive_avg_pool2d(masks.to(a_agg.dtype), tuple(v.shape[-2:]))
+        return torch.cat([a_agg, share[:, :, None]], dim=2)
 
-    def forward(self, features: Tensor, context: Context, valid: Tensor | None = None) -> Tensor:
-        """CSM 3, target features (B, C, h, w) -> E_ctx (B, N, C, h, w), float32; ``valid`` as in the map."""
+    def forward(self, features: Tensor, context: Context, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """CSM 3, target features (B, C, h, w) -> E_ctx (B, N, C, h, w) and share (B, N, 1, h, w), both float32.
+
+        The share in [0, 1] is the object's in the support cells that speak for a target cell. ``valid`` as in the map.
+        """
         weights, index = selective_map(
             unit_cells(features), context.keys, self.top_k, self.log_sharpness.float().exp(), valid
         )
-        read = read_values(context.values, weights, index)  # (B, h w, N C)
+        read = read_values(context.values, weights, index)  # (B, h w, N (C + 1))
         width, grid = features.shape[1], tuple(features.shape[-2:])
-        return read.unflatten(2, (-1, width)).permute(0, 2, 3, 1).unflatten(3, grid)
+        read = read.unflatten(2, (-1, width + 1)).permute(0, 2, 3, 1).unflatten(3, grid)
+        return read[:, :, :width], read[:, :, width:]

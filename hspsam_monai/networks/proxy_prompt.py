@@ -3,11 +3,14 @@
     F_x, F_sup = encoder(image), encoder(supports)                    frozen
     supports' masks + images, F_sup -> CSM -> values that know the mask -> E_ctx, what they say of each target cell
     F_x, E_ctx -> CCM -> proxy tokens (N objects x hw/16 x 256) -> SAM's mask decoder, in place of a click      frozen
+    F_x, E_ctx -> dense prompt (N objects x 256 x h x w) -> the same, in place of a mask
+    SAM's mask, share of mask in the support cells most alike -> mask
 
-Only CSM and CCM learn. What depends on the supports alone is computed once (:meth:`ProxyPrompt.set_context`) and kept
-in the state dict; another task is another context, not another training.
+Encoder and decoder are frozen; the rest learns. What depends on the supports alone is computed once
+(:meth:`ProxyPrompt.set_context`) and kept in the state dict; another task is another context, not another training.
 
-The boxes of the paper's figure are :mod:`contextual_selection` (CSM) and :mod:`contextual_colorization` (CCM).
+The boxes of the paper's figure are :mod:`contextual_selection` (CSM) and :mod:`contextual_colorization` (CCM);
+:mod:`dense_prompt` and :mod:`share_prior` are ours and can be left out.
 """
 
 from __future__ import annotations
@@ -28,8 +31,10 @@ from hspsam_monai.errors import ConfigError, DataError, WeightsError
 from hspsam_monai.networks.arguments import check_arguments
 from hspsam_monai.networks.contextual_colorization import ContextualColorizationModule
 from hspsam_monai.networks.contextual_selection import Context, ContextualSelectiveModule, unit_cells
+from hspsam_monai.networks.dense_prompt import DensePrompt
 from hspsam_monai.networks.layers import resize
 from hspsam_monai.networks.sam_decoder import WIDTH, SAMDecoder
+from hspsam_monai.networks.share_prior import SharePrior
 from hspsam_monai.transforms import fit_image
 
 #: A target whose :meth:`ProxyPrompt.similarity` is below this is at least twice as far from the supports as they
@@ -58,6 +63,10 @@ class ProxyPrompt(nn.Module):
         heads: of the cross-attentions.
         ffn_width: inside their feed-forward layers (1024 would be usual; 256 keeps inference
             near the encoder's own cost and a shipped model small).
+        dense: the context is also SAM's dense prompt (:class:`DensePrompt`); ``False`` for SAM's "no mask" in its
+            place, as the paper's figure may be read.
+        prior: SAM's mask corrects what the supports' masks say of each cell (:class:`SharePrior`); ``False`` for
+            SAM's mask alone, as in the paper.
         dropout: probability of dropping channels of the context, in train mode only.
 
     Raises:
@@ -75,6 +84,8 @@ class ProxyPrompt(nn.Module):
         top_k: int = 32,
         heads: int = 8,
         ffn_width: int = 256,
+        dense: bool = True,
+        prior: bool = True,
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
@@ -92,6 +103,8 @@ class ProxyPrompt(nn.Module):
             part.requires_grad_(False)
         self.csm = ContextualSelectiveModule(WIDTH, value_width, stride, mamba_depth, mamba_state, top_k)
         self.ccm = ContextualColorizationModule(WIDTH, heads, ffn_width)
+        self.dense = DensePrompt(WIDTH) if dense else None
+        self.prior = SharePrior() if prior else None
         self.encoder_name, self.image_size, self.num_classes, self.dropout = encoder, image_size, num_classes, dropout
         self._checked: tuple | None = None
         # Empty, not absent: a moving average pairs its buffers with the network's by their order.
@@ -145,13 +158,17 @@ class ProxyPrompt(nn.Module):
             raise ConfigError(
                 f"Supports are given for {len(context.keys)} images, and {len(features)} images to segment."
             )
-        e = self.csm(features, context)
+        e, share = self.csm(features, context)
         if self.dropout and self.training:
             e = F.dropout2d(e.flatten(0, 1), self.dropout).unflatten(0, e.shape[:2])
         position = self.sam.prompt_encoder.pe_layer(tuple(features.shape[-2:])).to(features.dtype)
         tokens = self.ccm(features, e, position)
-        no_mask = self.sam.prompt_encoder.no_mask_embed.weight.view(1, WIDTH, 1, 1)
-        masks = self.sam.decode(features, tokens, None, no_mask, self.num_classes - 1)[0][:, :, 0]
+        prompt = self.sam.prompt_encoder.no_mask_embed.weight.view(1, WIDTH, 1, 1)
+        if self.dense is not None:
+            prompt = prompt + self.dense(features, e, share).flatten(0, 1)
+        masks = self.sam.decode(features, tokens, None, prompt, self.num_classes - 1)[0][:, :, 0]
+        if self.prior is not None:
+            masks = self.prior(masks, share)
         masks = resize(masks.float(), size)
         return torch.cat([torch.zeros_like(masks[:, :1]), masks], dim=1)
 
@@ -173,7 +190,7 @@ class ProxyPrompt(nn.Module):
         if tuple(objects.shape[-2:]) != size:
             objects = F.interpolate(objects, size, mode="nearest-exact")
         features = self._embed(images) if encoded is None else self.encoder.embedding_of(encoded.features)
-        values = self.csm.aggregate(images, objects, features).unflatten(0, (batch, -1))  # (B, K, N, C, h, w)
+        values = self.csm.aggregate(images, objects, features).unflatten(0, (batch, -1))  # (B, K, N, C + 1, h, w)
         values = values.permute(0, 1, 4, 5, 2, 3).flatten(4).flatten(1, 3)
         keys = unit_cells(features).unflatten(0, (batch, -1)).flatten(1, 2)
         return Context(keys, values.float())
@@ -294,9 +311,11 @@ class ProxyPrompt(nn.Module):
         """
         device = self.csm.patch.weight.device
         values = state.get(prefix + "context_values")
-        if values is not None and values.shape[-1] != (self.num_classes - 1) * WIDTH:
+        objects, width = self.num_classes - 1, WIDTH + 1
+        if values is not None and values.shape[-1] != objects * width:
             raise WeightsError(
-                f"The context is for {values.shape[-1] // WIDTH} objects; this network segments {self.num_classes - 1}."
+                f"The context holds {values.shape[-1]} numbers for each support cell; expected {width} for each object "
+                f"of the network ({objects}): {objects * width}. Make the context again with this network."
             )
         for name, empty in self.no_context().items():
             shape = state.get(prefix + name, empty).shape
@@ -309,7 +328,7 @@ class ProxyPrompt(nn.Module):
 
     def no_context(self) -> dict[str, Tensor]:
         """Every buffer of the context with no support in it, as in a state dict."""
-        cells = (torch.zeros(0, WIDTH), torch.zeros(0, (self.num_classes - 1) * WIDTH))
+        cells = (torch.zeros(0, WIDTH), torch.zeros(0, (self.num_classes - 1) * (WIDTH + 1)))
         return dict(zip(CONTEXT, (*cells, torch.zeros(0), torch.zeros(0, dtype=torch.uint8)), strict=True))
 
     def _stored(self) -> Context:

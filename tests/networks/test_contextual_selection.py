@@ -49,4 +49,9 @@ def test_shapes():
     images, masks = torch.rand(3, 3, 64, 96), torch.zeros(3, 2, 64, 96)
     assert csm.encode(images, masks[:, 0]).shape == (3, 16, 4, 6)
     features = torch.randn(3, 32, 4, 6)
-    assert csm.aggregate(images, masks, features).shape == (3, 2, 32, 4, 6)
+    masks[:, 1, :24, :8] = 1
+    values = csm.aggregate(images, masks, features)
+    assert values.shape == (3, 2, 33, 4, 6)
+    share = torch.zeros(4, 6)
+    share[0, 0], share[1, 0] = 0.5, 0.25  # 16 x 8 and 8 x 8 pixels of 16 x 16
+    assert torch.equal(values[:, 1, -1], share.expand(3, -1, -1)) and not values[:, 0, -1].any()

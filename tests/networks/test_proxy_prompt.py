@@ -75,9 +75,39 @@ def test_only_the_generator_learns():
     frozen = [n for n, p in network.named_parameters() if p.grad is None]
     assert all(n.startswith(("encoder.", "sam.")) for n in frozen)
     for name, p in network.named_parameters():
-        trained = name.startswith(("csm.", "ccm."))
+        trained = name.startswith(("csm.", "ccm.", "dense.", "prior."))
         assert p.requires_grad == trained
         assert not trained or p.grad.abs().sum() > 0, name
+
+
+@torch.no_grad()
+def test_the_prior_is_the_supports_mask_in_the_cells_most_alike():
+    network = build(top_k=1).eval()
+    images, _ = supports(2)
+    masks = torch.zeros(2, 64, 64, dtype=torch.long)
+    masks[0, 16:48, 32:] = 1  # whole cells of 16 pixels
+    masks[1, :16] = 1
+    network.set_context(images, masks)
+    network.prior.weights.copy_(torch.tensor([0.0, 1.0]))
+    for image, mask in zip(images, masks, strict=True):
+        logit = network(image[None])[0, 1]
+        centers = logit.unflatten(0, (4, 16)).unflatten(2, (4, 16))[:, 7:9, :, 7:9] > 0
+        assert torch.equal(centers, (mask[8::16, 8::16] == 1)[:, None, :, None].expand_as(centers))
+
+
+@torch.no_grad()
+def test_dense_prompt_and_prior_can_be_left_out():
+    x = torch.rand(1, 3, 64, 64)
+    images, masks = supports(1)
+    parts = {}
+    for dense in (False, True):
+        for prior in (False, True):
+            network = build(dense=dense, prior=prior).eval()
+            network.set_context(images, masks)
+            names = {name.partition(".")[0] for name, _ in network.named_parameters()}
+            assert ("dense" in names, "prior" in names) == (dense, prior)
+            parts[dense, prior] = network(x)
+    assert not any(torch.allclose(parts[False, False], other) for key, other in parts.items() if any(key))
 
 
 @torch.no_grad()
@@ -93,7 +123,7 @@ def test_supports_of_any_size_are_brought_to_the_networks():
 def test_many_supports_are_thinned_to_a_fixed_cost():
     network = build().eval()
     network.set_context(*supports(5), max_cells=30)
-    assert network.context_keys.shape == (30, 256) and network.context_values.shape == (30, 256)
+    assert network.context_keys.shape == (30, 256) and network.context_values.shape == (30, 257)
     first = network.context_keys.clone()
     network.set_context(*supports(5), max_cells=30)
     assert torch.equal(first, network.context_keys)
@@ -194,7 +224,7 @@ def test_a_context_alone_is_switched_and_refused_by_other_weights(tmp_path):
             other(x)
         part.copy_(kept)
     assert torch.equal(other(x), before)  # a refused context leaves the old one
-    with pytest.raises(WeightsError, match="for 1 objects; this network segments 2"):
+    with pytest.raises(WeightsError, match=r"257 numbers for each support cell; expected .* \(2\): 514"):
         build(num_classes=3).load_context(tmp_path / "task.pt")
     write_state(tmp_path / "no.pt", {"a": torch.zeros(1)})
     with pytest.raises(WeightsError, match="lacks context_keys"):
