@@ -1,10 +1,13 @@
 """The mathematics of SAM's attention: decomposed relative position, padded windows, extra keys.
 
 SAM adds to the logit of query q and key (i, j) of a grid the bias ``rel_h[q, i] + rel_w[q, j]``, where
-``rel_h[q, i] = q . R_h[y_q - i]`` with the *unscaled* q. Two exact ways lead to PyTorch's fused attention:
+``rel_h[q, i] = q . R_h[y_q - i]`` with the *unscaled* q. Three exact ways lead to PyTorch's fused attention:
 
 ``mask``
     add the bias as an attention mask: heads * N^2 numbers of memory, no further work.
+``heads``
+    the same, one head after another in one buffer of N^2 numbers, which is written and read while it is warm. No
+    gradient passes.
 ``fold``
     write the bias as a dot product, Q' = [scale q, rel_h, rel_w], K' = [k, onehot(i), onehot(j)]: the head
     grows by H + W dimensions, and no N^2 tensor exists, forward or backward.
@@ -21,30 +24,38 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+#: Tokens a side up to which the bias of all heads at once is the fastest on a CPU, with its gradient and without.
+_TINY, _SMALL = 16, 28
+
+#: Numbers of a head's bias that exist at once (64 MiB in float32, all of a grid of 64); larger grids go in parts.
+_BIAS = 2**24
+
 #: Fused kernels on GPUs want the head dimension in multiples of this.
 _ALIGN = 8
 
 
 def choose(device_type: str, grid: tuple[int, int], grad: bool = False) -> str:
-    """Tell which of the two exact ways is faster, ``"fold"`` or ``"mask"``.
+    """Tell which of the exact ways is fastest, ``"fold"``, ``"mask"`` or ``"heads"``.
 
     Args:
         device_type: ``"cpu"``, ``"cuda"``, ...
         grid: (h, w) tokens that attend to each other, a window or the whole image.
         grad: a gradient of the bias will be asked for.
 
-    Measured with ViT-B, whole encoder, fp32, 2 CPU threads, torch 2.13, as time(mask) / time(fold):
-    windows 14: 0.97-1.00 at 256 and 512 (with gradient 0.95-0.98); grid 16: 0.98-1.00 (1.00); grid 32:
-    1.07-1.11 (1.06-1.09); grid 64: 0.77-0.92. PyTorch's CPU kernel takes no mask that needs a gradient and
-    falls back to N^2 matrices kept for the backward pass, hence ``grad``. Above 64 tokens a side the mask
-    alone takes gigabytes. Other devices fold by reasoning, not yet by measurement: flash kernels take no
-    mask.
+    Measured with ViT-B's 12 heads, fp32, 2 CPU threads, torch 2.13, one global attention, medians in ms of mask, fold
+    and heads: grid 16: 2.4, 3.6, 4.9; grid 28: 20, 29, 29; grid 32: 50, 48, 33; grid 64: 832, 1131, 515 (without any
+    bias 398). PyTorch's CPU kernel takes no mask that needs a gradient and falls back to N^2 matrices kept for the
+    backward pass, hence ``grad``; with gradients elsewhere the mask of a grid of 48 to 64 is faster than the fold,
+    above it alone takes gigabytes. A loop over heads would fill an exported graph, so what is traced or compiled has
+    none. Other devices fold by reasoning, not yet by measurement: flash kernels take no mask.
     """
     if device_type != "cpu":
         return "fold"
     longest = max(grid)
-    if longest <= 16:
+    if longest <= _TINY or (longest <= _SMALL and not grad):
         return "mask"
+    if not (torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing()):
+        return "heads"
     return "mask" if 48 <= longest <= 64 and not grad else "fold"
 
 
@@ -151,7 +162,7 @@ def attend(
         rel_h: (N, heads, h, w, h), see :func:`relative_logits`.
         rel_w: (N, heads, h, w, w).
         extra: keys and queries outside the grid.
-        way: ``"fold"`` or ``"mask"``, see :func:`choose`.
+        way: ``"fold"``, ``"mask"`` or ``"heads"``, see :func:`choose`.
         memo: constants shared by the calls of one forward pass; filled here.
 
     Returns:
@@ -159,6 +170,8 @@ def attend(
     """
     if way == "mask":
         return _attend_masked(q, k, v, rel_h, rel_w, extra)
+    if way == "heads":
+        return _attend_by_heads(q, k, v, rel_h, rel_w, extra)
     return _attend_folded(q, k, v, rel_h, rel_w, extra, {} if memo is None else memo)
 
 
@@ -215,3 +228,37 @@ def _attend_masked(q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, rel_w: Tensor
             queries = torch.cat([queries, extra.q], 2)
             bias = F.pad(bias, (0, 0, 0, extra.q.shape[2]))
     return F.scaled_dot_product_attention(queries, keys, values, attn_mask=bias)
+
+
+@torch.no_grad()
+def _attend_by_heads(q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, rel_w: Tensor, extra: Extra | None) -> Tensor:
+    n, heads, h, w, d = q.shape
+    queries, keys, values, logit = q.flatten(2, 3), k.flatten(2, 3), v.flatten(2, 3), None
+    rel_h, rel_w = rel_h.flatten(2, 3), rel_w.flatten(2, 3)
+    if extra is not None:
+        keys, values = torch.cat([keys, extra.k], 2), torch.cat([values, extra.v], 2)
+        logit = None if extra.logit is None else extra.logit.flatten(2, 3)
+    tokens, others = h * w, keys.shape[2]
+    step = max(1, min(tokens, _BIAS // others))
+    bias = q.new_zeros(step, others)  # columns of extra keys without a logit stay zero
+    count = 0 if extra is None or extra.q is None else extra.q.shape[2]
+    out = q.new_empty(n, heads, tokens + count, d)
+    for image in range(n):
+        for head in range(heads):
+            one = (slice(image, image + 1), slice(head, head + 1))  # the fused kernel wants four axes
+            for start in range(0, tokens, step):
+                part = slice(start, min(start + step, tokens))
+                used = bias[: part.stop - start]
+                torch.add(
+                    rel_h[image, head, part, :, None],
+                    rel_w[image, head, part, None, :],
+                    out=used[:, :tokens].unflatten(1, (h, w)),
+                )
+                if logit is not None:
+                    used[:, tokens:] = logit[image, head, part]
+                out[(*one, part)] = F.scaled_dot_product_attention(
+                    queries[(*one, part)], keys[one], values[one], attn_mask=used
+                )
+    if count:
+        out[:, :, tokens:] = F.scaled_dot_product_attention(extra.q, keys, values)
+    return out

@@ -125,9 +125,9 @@ def test_full_size_equals_segment_anything(variant):
 
 # 224 is exactly one window, 192 smaller than one, 448 four without padding, the others have edges.
 @pytest.mark.parametrize("size", [32, 192, 224, 256, 448, 480])
-@pytest.mark.parametrize("way", ["fold", "mask"])
+@pytest.mark.parametrize("way", ["fold", "mask", "heads"])
 @torch.no_grad()
-def test_both_ways_equal_segment_anything_at_every_kind_of_grid(small, monkeypatch, size, way):
+def test_all_ways_equal_segment_anything_at_every_kind_of_grid(small, monkeypatch, size, way):
     monkeypatch.setattr(attention, "choose", lambda *_: way)
     encoder = small(size)
     image = torch.rand(2, 3, size, size)
@@ -181,6 +181,34 @@ def test_half_precision_keeps_inputs_apart(small):
     assert a.isfinite().all() and not torch.equal(a, b)
 
 
+@torch.no_grad()
+def test_a_large_grid_goes_head_by_head_in_parts(small, monkeypatch):
+    encoder = small(512)
+    image = torch.rand(2, 3, 512, 512)
+    monkeypatch.setattr(attention, "choose", lambda *_: "mask")
+    whole = encoder(image).embedding
+    monkeypatch.undo()
+    assert attention.choose("cpu", (32, 32)) == "heads"
+    monkeypatch.setattr(attention, "_BIAS", 1024 * 300)  # 1024 tokens in 4 parts, the last one shorter
+    assert relative(encoder(image).embedding, whole) <= 1e-5
+
+
+def test_the_loop_over_heads_is_only_for_inference(small):
+    with torch.no_grad():
+        assert attention.choose("cpu", (32, 32)) == "heads"
+        ways = []
+        torch.jit.trace(
+            lambda x: ways.append(attention.choose("cpu", (32, 32))) or x + 1, torch.zeros(1), check_trace=False
+        )
+        assert set(ways) == {"fold"}
+    assert attention.choose("cpu", (32, 32)) == "fold"
+    encoder = small(512)
+    encoder.requires_grad_(False)
+    prompts = [torch.randn(2, 48, requires_grad=True) for _ in range(4)]  # keys want a gradient, the bias does not
+    encoder(torch.rand(1, 3, 512, 512), prompts).embedding[:, ::2].sum().backward()
+    assert all(prompt.grad.abs().max() > 0 for prompt in prompts)
+
+
 # -- gradients
 
 
@@ -213,7 +241,7 @@ def test_checkpointing_changes_nothing(small):
 # -- prompts
 
 
-@pytest.mark.parametrize("way", ["fold", "mask"])
+@pytest.mark.parametrize("way", ["fold", "mask", "heads"])
 @pytest.mark.parametrize("return_tokens", [False, True])
 @torch.no_grad()
 def test_prompts_equal_naive_attention(small, monkeypatch, way, return_tokens):
