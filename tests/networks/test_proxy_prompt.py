@@ -88,7 +88,8 @@ def test_the_prior_is_the_supports_mask_in_the_cells_most_alike():
     masks[0, 16:48, 32:] = 1  # whole cells of 16 pixels
     masks[1, :16] = 1
     network.set_context(images, masks)
-    network.prior.weights.copy_(torch.tensor([0.0, 1.0]))
+    network.prior.gate.zero_()
+    network.prior.refine[-1].weight.zero_()
     for image, mask in zip(images, masks, strict=True):
         logit = network(image[None])[0, 1]
         centers = logit.unflatten(0, (4, 16)).unflatten(2, (4, 16))[:, 7:9, :, 7:9] > 0
