@@ -143,7 +143,7 @@ class FeatureDataset(Dataset):
         """
         network = getattr(network, "module", network)
         wanted = self.paths(network)
-        missing = [(v, i) for v, paths in enumerate(wanted) for i, path in enumerate(paths) if not _intact(path)]
+        missing = self._missing(wanted)
         rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         if world > 1:
             dist.barrier()  # all have looked before the first writes
@@ -157,6 +157,22 @@ class FeatureDataset(Dataset):
             dist.barrier()
         self._paths = wanted
         return len(missing[rank::world])
+
+    def _missing(self, paths: list[list[Path]]) -> list[tuple[int, int]]:
+        """(view, index) of what is not there or damaged; gigabytes take minutes to read, so it tells how far it is."""
+        begin = printed = time.monotonic()
+        missing, done, total = [], 0, sum(map(len, paths))
+        for view, files in enumerate(paths):
+            for index, path in enumerate(files):
+                if not _intact(path):
+                    missing.append((view, index))
+                done += 1
+                now = time.monotonic()
+                if now - printed >= _EVERY:
+                    printed = now
+                    left = clock((now - begin) / done * (total - done))
+                    logger.info("Stored features looked through: %d/%d, %s left", done, total, left)
+        return missing
 
     def _compute(
         self, network: nn.Module, paths: list[list[Path]], mine: list[tuple[int, int]], missing: int, workers: int

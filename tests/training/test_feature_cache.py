@@ -235,10 +235,12 @@ def test_a_folder_that_cannot_be_written_is_named(network, cases, tmp_path):
         features(cases, tmp_path / "file" / "features").fill(network)
 
 
-def test_what_is_coming_is_told(network, cases, tmp_path, caplog):
+def test_what_is_coming_is_told(network, cases, tmp_path, caplog, monkeypatch):
     caplog.set_level(logging.INFO)
+    monkeypatch.setattr("hspsam_monai.training.feature_cache._EVERY", 0.0)
     features(cases, tmp_path).fill(network)
     assert "0 of 6 are there" in caplog.text and "Features 6/6" in caplog.text and "left" in caplog.text
+    assert "Stored features looked through: 6/6" in caplog.text
     size = sum(path.stat().st_size for path in tmp_path.iterdir()) * 5 / 6
     assert f"They will take {size / 1e6:.0f} MB more" in caplog.text or f"{size / 1e3:.0f} kB more" in caplog.text
 
