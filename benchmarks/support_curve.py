@@ -38,7 +38,7 @@ from torch.nn import functional as F
 from hspsam_monai.bundle_path import bundle_root
 from hspsam_monai.data import draw_cases, mask_values, read_mask
 from hspsam_monai.errors import ConfigError
-from hspsam_monai.networks.contextual_selection import read_values, selective_map, unit_cells
+from hspsam_monai.networks.contextual_selection import SHARPNESS, read_values, selective_map, unit_cells
 from hspsam_monai.transforms import fit_image
 
 SECTION = "support-curve"
@@ -116,7 +116,7 @@ class _Nearest(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         """Logits (B, 2, H, W) of an image (B, 3, H, W)."""
         embedding = self.network.encoder.embedding_of(self.network.encode(image).features)
-        weights, index = selective_map(unit_cells(embedding), self.keys, self.top_k)
+        weights, index = selective_map(unit_cells(embedding), self.keys, self.top_k, SHARPNESS)
         share = read_values(self.values, weights, index).transpose(1, 2).unflatten(2, tuple(embedding.shape[-2:]))
         share = F.interpolate(share, image.shape[-2:], mode="bilinear", align_corners=False)
         logits = torch.logit(share, eps=1e-4)
