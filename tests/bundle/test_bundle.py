@@ -365,6 +365,28 @@ def test_the_shipped_model_loads_and_fits_its_configuration(bundle):
     assert not report.missing and not report.unexpected
 
 
+def test_the_shipped_proxy_prompt_outlines_what_examples_show(bundle, tmp_path):
+    model = bundle / "models" / "proxy_prompt.safetensors"
+    assert model.stat().st_size <= 30_000_000
+    supports = write_phantoms(tmp_path / "supports", 4, seed=1, empty_fraction=0)
+    targets = write_phantoms(tmp_path / "targets", 6, seed=2, empty_fraction=0)
+    workflow = ConfigWorkflow(
+        configs(bundle, *SUPPORT), workflow_type="infer", support_dir=str(supports),
+        dataset_dir=str(targets / "images"), output_dir=str(tmp_path / "masks"), flips=False,
+    )  # fmt: skip
+    workflow.initialize()
+    workflow.run()
+    workflow.finalize()
+    shown = np.mean([read_mask(case["label"], 2) for case in find_cases(supports)], axis=0) > 0.5
+    own, copied = [], []
+    for case in find_cases(targets):
+        truth = read_mask(case["label"], 2) > 0
+        found = read_mask(tmp_path / "masks" / f"{case['case']}.png", 2) > 0
+        own.append(2 * (found & truth).sum() / (found.sum() + truth.sum()))
+        copied.append(2 * (shown & truth).sum() / (shown.sum() + truth.sum()))
+    assert np.mean(own) > max(0.5, np.mean(copied) + 0.2), (own, copied)
+
+
 # export by MONAI's own verbs, with the commands of docs/README.md
 
 
