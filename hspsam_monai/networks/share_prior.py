@@ -26,8 +26,9 @@ class SharePrior(nn.Module):
         hidden: channels of ``refine``.
 
     Attributes:
-        gate: weight of the mask. It starts near 0: an untrained generator's mask is noise of some 20 logits, and what
-            the share says must not be unlearned before there is something better.
+        gate: weight of the mask. It starts near 0 (choice: 0.02, not 0, so that the generator has a gradient): an
+            untrained generator's mask is noise, and what the share says must not be unlearned before there is
+            something better.
     """
 
     def __init__(self, hidden: int = 24) -> None:
