@@ -30,6 +30,8 @@ from hspsam_monai.networks.selective_scan import VisionMambaBlock
 #: pixels, four supports, 12 validation images).
 SHARPNESS = 4.0
 
+_CHUNK = 4096  # cells compared at a time
+
 
 class Context(NamedTuple):
     """What the supports say, for each of B images (or 1 for all): M = K h w cells.
@@ -77,6 +79,42 @@ def selective_map(
             cosine = cosine.masked_fill(~valid[:, None], -math.inf)
         best, index = cosine.topk(min(top_k, keys.shape[1]), dim=-1)
     return (sharpness * 2 * math.sqrt(queries.shape[-1]) * (best - 1)).softmax(-1), index
+
+
+def choose_cells(keys: Tensor, shares: Tensor, count: int) -> Tensor:
+    """Which of many support cells to keep, so that a target costs the same however many supports there are.
+
+    Half of them at most show an object, spread evenly over the objects, so that a small one keeps all its cells. Of
+    the background, the cells most like an object come first, for they decide where it ends; a third of what is left is
+    drawn evenly, for what looks like nothing near an object. Drawn evenly altogether, a small object would lose what
+    few cells it has.
+
+    Args:
+        keys: (M, C) unit vectors.
+        shares: (M, N), how much of each cell each object covers, in [0, 1].
+        count: cells to keep.
+
+    Returns:
+        Indices into M, ascending; all M where there are no more than ``count``. The same call gives the same cells.
+    """
+    total, objects = shares.shape
+    if total <= count:
+        return torch.arange(total, device=keys.device)
+    order = torch.randperm(total, generator=torch.Generator().manual_seed(0)).to(keys.device)
+    turn = torch.full((total,), total, device=keys.device)  # objects take turns: which turn reaches a cell
+    for index in range(objects):
+        own = order[shares[order, index] > 0]
+        turn[own] = turn[own].minimum(torch.arange(len(own), device=keys.device))
+    shown, background = order[turn[order] < total], order[turn[order] == total]
+    kept = shown[turn[shown].argsort(stable=True)][: max(count // 2, count - len(background))]
+    rest = count - len(kept)
+    if not len(kept) or rest >= len(background):
+        return torch.cat([kept, background[:rest]]).sort().values
+    alike = torch.cat([(keys[part] @ keys[kept].T).amax(1) for part in background.split(_CHUNK)])
+    ranked = background[alike.argsort(descending=True, stable=True)]
+    near = ranked[: rest - rest // 3]
+    even = background[~torch.isin(background, near)][: rest // 3]
+    return torch.cat([kept, near, even]).sort().values
 
 
 def read_values(values: Tensor, weights: Tensor, index: Tensor) -> Tensor:

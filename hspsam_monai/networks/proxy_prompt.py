@@ -30,7 +30,12 @@ from hspsam_monai.encoders.weights import read_state, write_state
 from hspsam_monai.errors import ConfigError, DataError, WeightsError
 from hspsam_monai.networks.arguments import check_arguments
 from hspsam_monai.networks.contextual_colorization import ContextualColorizationModule
-from hspsam_monai.networks.contextual_selection import Context, ContextualSelectiveModule, unit_cells
+from hspsam_monai.networks.contextual_selection import (
+    Context,
+    ContextualSelectiveModule,
+    choose_cells,
+    unit_cells,
+)
 from hspsam_monai.networks.dense_prompt import DensePrompt
 from hspsam_monai.networks.layers import resize
 from hspsam_monai.networks.sam_decoder import WIDTH, SAMDecoder
@@ -209,9 +214,9 @@ class ProxyPrompt(nn.Module):
         Args:
             images: K images (3, H, W) in [0, 1]; each may have its own size, all are brought to ``image_size``.
             masks: K masks (H, W) or (1, H, W) of class indices, each of its image's size.
-            max_cells: keep at most so many support cells, drawn evenly from all (fixed seed), so that a target costs
-                the same however many supports there are; 4096 are all of four supports at 512 pixels. ``None``
-                keeps all.
+            max_cells: keep at most so many support cells, chosen by
+                :func:`~hspsam_monai.networks.contextual_selection.choose_cells`, so that a target costs the same
+                however many supports there are; 4096 are all of four supports at 512 pixels. ``None`` keeps all.
 
         Raises:
             ConfigError: no support, numbers or shapes that disagree, a grey image.
@@ -221,21 +226,18 @@ class ProxyPrompt(nn.Module):
         """
         supports = self._check_supports(images, masks)
         parts = [self._read(image[None, None], mask[None, None]) for image, mask in supports]
-        keys = torch.cat([part.keys for part in parts])  # (K, h w, C)
-        if len(supports) > 1:
-            distances = [
-                _distance(keys[i], torch.cat([keys[:i], keys[i + 1 :]]).flatten(0, 1))
-                for i in range(len(keys))[:_CALIBRATORS]
-            ]
+        keys, values = (torch.cat([getattr(part, name)[0] for part in parts]) for name in Context._fields)
+        cells = len(keys) // len(supports)
+        shares = values.unflatten(1, (-1, WIDTH + 1))[..., -1]
+        keep = choose_cells(keys, shares, len(keys) if max_cells is None else max_cells)
+        if len(supports) > 1:  # each in turn is a target of what is kept of the others
+            each = keys.split(cells)[:_CALIBRATORS]
+            others = [keep[keep // cells != index] for index in range(len(each))]
+            distances = [_distance(own, keys[rest]) for own, rest in zip(each, others, strict=True) if len(rest)]
         else:  # nothing to leave out: its mirror image is the nearest other picture there is
             mirror = fit_image(supports[0][0][None], self.image_size).flip(-1)
-            distances = [_distance(unit_cells(self._embed(mirror))[0], keys[0])]
-        keep = torch.arange(keys[..., 0].numel())
-        if max_cells is not None and len(keep) > max_cells:
-            keep = torch.randperm(len(keep), generator=torch.Generator().manual_seed(0))[:max_cells].sort().values
-        keep = keep.to(keys.device)
-        self.context_keys = keys.flatten(0, 1)[keep]
-        self.context_values = torch.cat([part.values[0] for part in parts])[keep]
+            distances = [_distance(unit_cells(self._embed(mirror))[0], keys[keep])]
+        self.context_keys, self.context_values = keys[keep], values[keep]
         self.context_reference = torch.stack(distances).median()[None].clamp_min(_LEAST_DISTANCE)
         self.context_print = self.fingerprint().to(keys.device)
         self._checked = self._versions()

@@ -128,6 +128,10 @@ def test_many_supports_are_thinned_to_a_fixed_cost():
     first = network.context_keys.clone()
     network.set_context(*supports(5), max_cells=30)
     assert torch.equal(first, network.context_keys)
+    # The reference is taken from what is kept: the supports themselves are as close as they are to each other.
+    assert (network.similarity(supports(5)[0]) == 1).all()
+    network.set_context(*supports(5), max_cells=1)
+    assert network.context_reference.isfinite() and network(torch.rand(1, 3, 64, 64)).isfinite().all()
 
 
 @torch.no_grad()
