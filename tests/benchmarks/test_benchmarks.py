@@ -86,13 +86,14 @@ def test_every_script_has_its_section(repo):
     import proxy_speed
     import run
     import sam_sp_ablation
+    import stored_features
     import support_curve
     import systems
     import unseen_sources
 
     text = (repo / "benchmarks" / "RESULTS.md").read_text()
     trained = (unseen_sources, prompt_ablation, sam_sp_ablation, systems, few_shot, support_curve)
-    for script in (box_prompt, *trained, int8, doubtful, proxy_speed):
+    for script in (box_prompt, *trained, stored_features, int8, doubtful, proxy_speed):
         assert text.count(f"<!-- section: {script.SECTION} -->") == 1
     sections = re.findall(r"<!-- section: (\S+) -->", text)
     assert sections == re.findall(r"<!-- end: (\S+) -->", text)
@@ -380,7 +381,7 @@ def test_slices_are_a_data_set_of_pictures(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["few_shot", "sam_sp_ablation", "systems"])
+@pytest.mark.parametrize("name", ["few_shot", "sam_sp_ablation", "stored_features", "systems"])
 def test_the_other_networks_studies_end_with_a_table(name, phantoms, tmp_path, capsys):
     import importlib
 
@@ -393,11 +394,14 @@ def test_the_other_networks_studies_end_with_a_table(name, phantoms, tmp_path, c
         words += ["--sets", "kvasir", "--cases", "3", "--set", "draws=4", "batch_size=2"]
     elif name == "systems":
         words += ["--sets", "kvasir", "--set", "batch_size=4"]
+    elif name == "stored_features":
+        words += ["--set", "batch_size=4"]
     else:
         words += ["--steps", "0", "1", "--prompts", "--distillation", "--set", "batch_size=4"]
     script.main(words)
     text = results.read_text()
     rows = {"few_shot": ("proxy", "decoder", "hsp"), "sam_sp_ablation": ("s0", "s1-box"), "systems": ("hsp", "sam-sp")}
+    rows["stored_features"] = ("LoRA", "stored features")
     expected = rows[name]
     assert all(f"| {one} |" in text for one in expected) and str(tmp_path) not in text
     capsys.readouterr()
