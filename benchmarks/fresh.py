@@ -138,13 +138,16 @@ def _status(key: str) -> float:
 
 
 def cold(model: str, files: list[str]) -> dict[str, float]:
-    """Import, load the shipped network, segment a first picture; seconds of each.
+    """Import, load the shipped network, segment a first picture, started as ``hspsam`` is; seconds of each.
 
     Args:
         model: checkpoint.
         files: configurations that describe the network.
     """
     begin = time.perf_counter()
+    from hspsam_monai.cli import prepare
+
+    prepare()
     import torch
     from monai.bundle import ConfigParser
 

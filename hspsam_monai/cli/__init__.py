@@ -9,13 +9,18 @@ import gc
 import os
 
 
-def main() -> None:
-    """Run the command line."""
+def prepare() -> None:
+    """Set what must be set before torch and MONAI are imported; for any program that starts this way."""
     # Importing torch and MONAI makes a few million objects that live as long as the process. Looking through them again
     # and again for garbage is a sixth of the import's time.
     gc.set_threshold(50_000, 20, 100)
     # Before torch is imported: waiting OpenMP threads then sleep instead of spin, on a busy machine a factor of ten.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+def main() -> None:
+    """Run the command line."""
+    prepare()
     from hspsam_monai.cli.app import app
 
     app(prog_name="hspsam")
