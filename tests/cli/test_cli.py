@@ -1,6 +1,7 @@
 """The command line: every command, its exit codes and its words."""
 
 import csv
+import ctypes
 import json
 import os
 import subprocess
@@ -55,6 +56,27 @@ class TestFace:
         subprocess.run([sys.executable, "-c", code], check=True)
         end = os.times()
         assert end.children_user + end.children_system - begin.children_user - begin.children_system < 1
+
+    @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "gnu_get_libc_version"), reason="for glibc")
+    @pytest.mark.parametrize("own", [None, "MALLOC_TRIM_THRESHOLD_"])
+    def test_freed_memory_is_kept_unless_the_user_says_otherwise(self, own: str | None):
+        code = (
+            "import ctypes, resource; from hspsam_monai.cli import keep_freed_memory\n"
+            "kept = keep_freed_memory(); libc = ctypes.CDLL(None); size = 1 << 27\n"
+            "libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]\n"
+            "libc.free.argtypes = [ctypes.c_void_p]\n"
+            "def once():\n"
+            "    block = libc.malloc(size); ctypes.memset(block, 1, size); libc.free(block)\n"
+            "once(); before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt; once(); once()\n"
+            "print(int(kept), resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)"
+        )
+        names = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_MAX_", "GLIBC_TUNABLES", "LD_PRELOAD")
+        environment = {key: value for key, value in os.environ.items() if key not in names}
+        environment |= {own: "131072"} if own else {}
+        done = subprocess.run([sys.executable, "-c", code], check=True, env=environment, capture_output=True, text=True)
+        kept, faults = map(int, done.stdout.split())
+        assert kept == (own is None)
+        assert (faults < 64) if kept else (faults >= 64)  # 128 MiB are 64 huge pages or 32768 small ones, twice
 
     @pytest.mark.parametrize("command", "demo check train evaluate segment context export score doctor weights".split())
     def test_every_command_has_help(self, command: str):
