@@ -57,7 +57,9 @@ class TestFace:
         end = os.times()
         assert end.children_user + end.children_system - begin.children_user - begin.children_system < 1
 
-    @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "gnu_get_libc_version"), reason="for glibc")
+    @pytest.mark.skipif(
+        sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "gnu_get_libc_version"), reason="for glibc"
+    )
     @pytest.mark.parametrize("own", [None, "MALLOC_TRIM_THRESHOLD_"])
     def test_freed_memory_is_kept_unless_the_user_says_otherwise(self, own: str | None):
         code = (
