@@ -273,6 +273,17 @@ def mean_over_seeds(runs: Sequence[Mapping[str, float]]) -> np.ndarray:
     return np.mean([[run[case] for case in runs[0]] for run in runs], axis=0)
 
 
+def dice_columns(tables: Sequence[Mapping[str, float]]) -> list[Any]:
+    """Columns of one method: the mean Dice of each seed, the mean of those, the share of missed images.
+
+    Args:
+        tables: case -> Dice in [0, 1], one table a seed.
+    """
+    means = [float(np.mean(list(table.values()))) for table in tables]
+    missed = np.mean([np.mean(np.array(list(table.values())) < MISSED) for table in tables])
+    return [*means, float(np.mean(means)), f"{missed:.1%}"]
+
+
 def by_source(cases: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
     """Group cases named ``source/ID``; cases without a source are one group, ``val``."""
     groups: dict[str, list[Mapping[str, Any]]] = {}

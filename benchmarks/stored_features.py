@@ -7,12 +7,12 @@ has spoken once. How much faster the steps are is ``speed.py --parts training``.
 
 from __future__ import annotations
 
-import numpy as np
 from common import (
     MISSED,
     argument_parser,
     by_source,
     cases_of,
+    dice_columns,
     machine_line,
     markdown_table,
     mean_over_seeds,
@@ -59,11 +59,9 @@ def _report(seeds: list[int], sources: list[str], scores: dict) -> str:
         base = mean_over_seeds([scores[first, seed][source] for seed in seeds])
         for preset in PRESETS:
             tables = [scores[preset, seed][source] for seed in seeds]
-            means = [float(np.mean(list(table.values()))) for table in tables]
-            missed = np.mean([np.mean(np.array(list(table.values())) < MISSED) for table in tables])
             own = mean_over_seeds(tables)
             compared = "–" if preset == first else str(paired_bootstrap(own, base))
-            rows.append([f"{source} ({len(own)})", preset, *means, float(np.mean(means)), f"{missed:.1%}", compared])
+            rows.append([f"{source} ({len(own)})", preset, *dice_columns(tables), compared])
     text = (
         "Dice is the per-image mean at stored resolution, one pass. The same splits picked the epoch, so the figures "
         "compare the presets and are a little too high in themselves."

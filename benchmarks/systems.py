@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 from common import (
     MISSED,
     argument_parser,
     by_source,
     cases_of,
+    dice_columns,
     machine_line,
     markdown_table,
     mean_over_seeds,
@@ -78,12 +78,10 @@ def _report(sets: Sequence[str], systems: Sequence[str], seeds: Sequence[int], s
             own = mean_over_seeds([scores[name, OURS, seed][source] for seed in seeds]) if OURS in systems else None
             for system in systems:
                 tables = [scores[name, system, seed][source] for seed in seeds]
-                means = [float(np.mean(list(table.values()))) for table in tables]
-                missed = np.mean([np.mean(np.array(list(table.values())) < MISSED) for table in tables])
                 other = mean_over_seeds(tables)
                 compared = "–" if own is None or system == OURS else str(paired_bootstrap(own, other))
                 label = f"{name if source == 'val' else f'{name}/{source}'} ({len(other)})"
-                rows.append([label, system, *means, float(np.mean(means)), f"{missed:.1%}", compared])
+                rows.append([label, system, *dice_columns(tables), compared])
     text = (
         "Dice is the per-image mean at stored resolution, one pass. The same splits picked the epoch, so the figures "
         "compare the systems and are a little too high in themselves. Intervals: paired bootstrap over images of "
