@@ -138,7 +138,7 @@ def _status(key: str) -> float:
 
 
 def cold(model: str, files: list[str]) -> dict[str, float]:
-    """Import, load the shipped network, segment a first picture, started as ``hspsam`` is; seconds of each.
+    """Import, load the shipped network, segment a first picture, started as ``hspsam segment`` is; seconds of each.
 
     Args:
         model: checkpoint.
@@ -146,8 +146,10 @@ def cold(model: str, files: list[str]) -> dict[str, float]:
     """
     begin = time.perf_counter()
     from hspsam_monai.cli import prepare
+    from hspsam_monai.cli.lean import import_monai
 
     prepare()
+    import_monai()
     import torch
     from monai.bundle import ConfigParser
 

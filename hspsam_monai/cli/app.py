@@ -76,14 +76,17 @@ def check(
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the report as JSON.")] = None,
 ) -> None:
     """List every fault of a data set, before any training. Exit code 1 if there is one."""
+    from hspsam_monai.cli.lean import import_monai
     from hspsam_monai.cli.options import task_labels
-    from hspsam_monai.data import check_dataset
     from hspsam_monai.errors import ConfigError
     from hspsam_monai.files import atomic_write
 
     if task and classes:
         raise ConfigError("--task and --classes are both given; expected one of them.")
     labels = task_labels(task)
+    import_monai()
+    from hspsam_monai.data import check_dataset
+
     with progress("Checking") as bar:
         report = check_dataset(data, classes or len(labels or ()) or 2, labels, bar)
     say(report.table())
@@ -174,9 +177,13 @@ def segment(
 ) -> None:
     """Segment images. A bad file does not stop the others; all bad files are named at the end (exit code 1)."""
     from hspsam_monai.cli import workflows
+    from hspsam_monai.cli.lean import import_monai
+    from hspsam_monai.cli.models import model_path
     from hspsam_monai.cli.options import parse_overrides
 
     overrides = parse_overrides(pairs or [])
+    model_path(model, supports=support is not None)  # a mistyped name is told at once
+    import_monai()
     workflows.segment(source, output, model=model, support=support, flips=flips, device=device, overrides=overrides)
     say(f"Masks are in {output}; to look at them open {output / 'gallery.html'}.", "green")
 
@@ -193,9 +200,14 @@ def context(
 ) -> None:
     """Compute what supports say once and store it with the model: `hspsam segment --model OUTPUT` needs no supports."""
     from hspsam_monai.cli import workflows
+    from hspsam_monai.cli.lean import import_monai
+    from hspsam_monai.cli.models import model_path
     from hspsam_monai.cli.options import parse_overrides
 
-    workflows.store_context(support, output, model=model, device=device, overrides=parse_overrides(pairs or []))
+    overrides = parse_overrides(pairs or [])
+    model_path(model, supports=True)  # a mistyped name is told at once
+    import_monai()
+    workflows.store_context(support, output, model=model, device=device, overrides=overrides)
     say(f"{output}: a model that knows these supports. Try: hspsam segment IMAGES MASKS --model {output}", "green")
 
 
@@ -226,6 +238,9 @@ def score(
 ) -> None:
     """Score masks: Dice and IoU, with --surface HD95 and NSD; per case, mean, sd and confidence interval."""
     from hspsam_monai.cli import scoring
+    from hspsam_monai.cli.lean import import_monai
+
+    import_monai()
     from hspsam_monai.scores import write_case_table, write_summary
 
     rows, summary = scoring.score(

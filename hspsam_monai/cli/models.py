@@ -50,6 +50,25 @@ def find_model(source: str | Path | None, supports: bool = False) -> Model:
         WeightsError: there is no such model.
         ConfigError: its ``network.json`` is not one a training writes, or its network takes no supports.
     """
+    path = model_path(source, supports)
+    overlay = path.parent / OVERLAY
+    network = read_overlay(overlay) if overlay.is_file() else _shipped_network(supports)
+    model = Model(path.resolve(), {"min_confidence": 0.0} | network)  # runs before this entry dropped nothing
+    target = str(model.network["network_def"]["_target_"])
+    if supports and not target.endswith(".ProxyPrompt"):
+        raise ConfigError(
+            f"{path} is a model of {target.rpartition('.')[2]}, which takes no supports; expected a Proxy Prompt. "
+            "Leave --support out, or name a model trained with --network proxy_prompt."
+        )
+    return model
+
+
+def model_path(source: str | Path | None, supports: bool = False) -> Path:
+    """The checkpoint that :func:`find_model` would take; quick, since nothing heavy is imported.
+
+    Raises:
+        WeightsError: there is no such model.
+    """
     path = shipped_model(supports) if source is None or str(source) == "shipped" else Path(source).expanduser()
     path = path / "model.pt" if path.is_dir() else path
     if not path.is_file() and supports and path == shipped_model(supports):
@@ -64,16 +83,7 @@ def find_model(source: str | Path | None, supports: bool = False) -> Model:
             f"No model at {path}; expected {hint}. Name one with --model; `hspsam train` makes one, and a run writes "
             "model.pt after its first validation."
         )
-    overlay = path.parent / OVERLAY
-    network = read_overlay(overlay) if overlay.is_file() else _shipped_network(supports)
-    model = Model(path.resolve(), {"min_confidence": 0.0} | network)  # runs before this entry dropped nothing
-    target = str(model.network["network_def"]["_target_"])
-    if supports and not target.endswith(".ProxyPrompt"):
-        raise ConfigError(
-            f"{path} is a model of {target.rpartition('.')[2]}, which takes no supports; expected a Proxy Prompt. "
-            "Leave --support out, or name a model trained with --network proxy_prompt."
-        )
-    return model
+    return path
 
 
 def _shipped_network(supports: bool) -> dict[str, Any]:

@@ -455,7 +455,8 @@ def test_a_smoke_run_fills_every_section_of_another_file(tmp_path, small, monkey
     text = file.read_text()
     assert "Failed" not in text and "failed" not in text
     for line in ("| sam_vit_b | 64 | 1 | float32 | eager |", "| pass | mobile_sam | kornia | 64 |", "| shipped model |",
-                 "| cold start |", "| MONAI UNet |", "| bfloat16 autocast | 2 |"):  # fmt: skip
+                 "| cold start |", "| hspsam segment, one picture |", "| MONAI UNet |",
+                 "| bfloat16 autocast | 2 |"):  # fmt: skip
         assert line in text, line
     assert str(tmp_path) not in text
     words = ["--quick", "--parts", "training", "--results", str(RESULTS)]
