@@ -1,4 +1,4 @@
-"""Layers done with less memory traffic on channels-last maps."""
+"""Layers done with less memory traffic."""
 
 from __future__ import annotations
 
@@ -6,19 +6,63 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hspsam_monai.encoders import products
 
-def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, with_gelu: bool = False, residual: Tensor | None = None
+) -> Tensor:
+    """Linear layer with what follows it: residual + GELU(x W' + b).
+
+    Where oneDNN's product is the faster one (:mod:`hspsam_monai.encoders.products`), bias, GELU and residual are added
+    while the result is still in the cache. float32 only, no gradient.
+
+    Args:
+        x: (..., C).
+        weight: (D, C).
+        bias: (D,) or ``None``.
+        with_gelu: apply the exact GELU.
+        residual: (..., D) to add at the end, left as it is; not together with ``with_gelu``.
+
+    Returns:
+        (..., D).
+    """
+    if products.suits(x, weight, bias, residual):
+        return products.linear(x, weight, bias, with_gelu, residual)
+    y = F.linear(x, weight, bias)
+    if with_gelu:
+        return gelu(y)
+    return y if residual is None else add(residual, y)
+
+
+def apply_linear(module: nn.Module, x: Tensor, with_gelu: bool = False, residual: Tensor | None = None) -> Tensor:
+    """:func:`linear` with a module's parameters; a module of another class (LoRA, quantised) computes its own part."""
+    if type(module) is nn.Linear:
+        return linear(x, module.weight, module.bias, with_gelu, residual)
+    y = module(x)
+    if with_gelu:
+        return gelu(y)
+    return y if residual is None else add(residual, y)
+
+
+def pointwise(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, with_gelu: bool = False, residual: Tensor | None = None
+) -> Tensor:
     """1x1 convolution as a matrix product on the cells, so that channels-last stays channels-last.
 
     Args:
         x: (B, C, H, W).
         weight: (D, C, 1, 1).
         bias: (D,) or ``None``.
+        with_gelu: see :func:`linear`.
+        residual: (B, D, H, W), see :func:`linear`.
 
     Returns:
         (B, D, H, W), channels-last in memory.
     """
-    return F.linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
+    if residual is not None:
+        residual = residual.permute(0, 2, 3, 1)
+    return linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias, with_gelu, residual).permute(0, 3, 1, 2)
 
 
 class Pointwise(nn.Conv2d):
@@ -27,9 +71,9 @@ class Pointwise(nn.Conv2d):
     def __init__(self, channels: int, width: int, bias: bool = True) -> None:
         super().__init__(channels, width, 1, bias=bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (B, C, H, W) to (B, D, H, W)."""
-        return pointwise(x, self.weight, self.bias)
+    def forward(self, x: Tensor, with_gelu: bool = False, residual: Tensor | None = None) -> Tensor:
+        """Map (B, C, H, W) to (B, D, H, W), see :func:`pointwise`."""
+        return pointwise(x, self.weight, self.bias, with_gelu, residual)
 
 
 def gelu(x: Tensor) -> Tensor:

@@ -12,9 +12,9 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from hspsam_monai.encoders.constants import Constants
+from hspsam_monai.encoders.layers import linear
 from hspsam_monai.errors import ConfigError
 
 
@@ -56,7 +56,7 @@ class LoRALinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., in) to (..., out)."""
         sources = [self.weight, *self.lora_a, *self.lora_b]
-        return F.linear(x, self._constants.get("merged", sources, self.merged_weight), self.bias)
+        return linear(x, self._constants.get("merged", sources, self.merged_weight), self.bias)
 
 
 def apply_lora(module: nn.Module, rank: int, qv_rows: Callable[[nn.Module], list[Tensor]]) -> int:

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from hspsam_monai.encoders import attention
 from hspsam_monai.encoders.base import Encoder, Features, Level
 from hspsam_monai.encoders.constants import Constants
+from hspsam_monai.encoders.layers import apply_linear, linear
 from hspsam_monai.encoders.lora import apply_lora
 from hspsam_monai.errors import ConfigError
 
@@ -151,17 +152,15 @@ class SamViT(Encoder):
             attended, rows = self._windowed(block.attn, normed, block.window_size, memo), None
         else:
             attended, rows = self._global(block.attn, normed, prompt, memo)
-        x = x + block.attn.proj(attended)
-        x = x + block.mlp(block.norm2(x))
+        x = _mlp(block, apply_linear(block.attn.proj, attended, residual=x))
         if rows is not None and prompt is not None:
-            rows = prompt + block.attn.proj(rows)
-            rows = rows + block.mlp(block.norm2(rows))
+            rows = _mlp(block, prompt + block.attn.proj(rows))
         return x, rows
 
     def _global(self, attn: nn.Module, x: Tensor, prompt: Tensor | None, memo: dict) -> tuple[Tensor, Tensor | None]:
         """All tokens (B, h, w, D) attend to all tokens and to the prompts (P, D), as HSP-SAM injects them."""
         batch, h, w, width = x.shape
-        q, k, v = _heads(attn.qkv(x), attn.num_heads).unbind(0)
+        q, k, v = _heads(apply_linear(attn.qkv, x), attn.num_heads).unbind(0)
         rel_h, rel_w = attention.relative_logits(q, self._table(attn.rel_pos_h, h), self._table(attn.rel_pos_w, w))
         extra = None
         if prompt is not None:
@@ -176,7 +175,7 @@ class SamViT(Encoder):
 
     def _windowed(self, attn: nn.Module, x: Tensor, window: int, memo: dict) -> Tensor:
         """Tokens (B, h, w, D) attend within windows; edge windows see their padding as one extra key."""
-        qkv = attn.qkv(x)
+        qkv = apply_linear(attn.qkv, x)
         table_h, table_w = self._table(attn.rel_pos_h, window), self._table(attn.rel_pos_w, window)
         bands = [
             torch.cat(
@@ -207,9 +206,15 @@ class SamViT(Encoder):
         """SAM's neck: last level (B, D, h, w) -> (B, 256, h, w); normalises in float32 also under autocast."""
         reduce, norm1, mix, norm2 = self.neck
         x = level.permute(0, 2, 3, 1)
-        x = _layer_norm(F.linear(x, reduce.weight.flatten(1)), norm1)
+        x = _layer_norm(linear(x, reduce.weight.flatten(1)), norm1)
         x = mix(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         return _layer_norm(x, norm2).permute(0, 3, 1, 2)
+
+
+def _mlp(block: nn.Module, x: Tensor) -> Tensor:
+    """A block's norm and MLP (linear, GELU, linear), added to their input (..., D)."""
+    mlp = block.mlp
+    return apply_linear(mlp.lin2, apply_linear(mlp.lin1, block.norm2(x), with_gelu=True), residual=x)
 
 
 def _split(x: Tensor, axis: int, window: int) -> list[Tensor]:

@@ -32,7 +32,7 @@ from torch.nn import functional as F
 
 from hspsam_monai.encoders.base import Encoder, Features, Level
 from hspsam_monai.encoders.constants import Constants
-from hspsam_monai.encoders.layers import add, gelu, pointwise
+from hspsam_monai.encoders.layers import add, apply_linear, gelu, pointwise
 from hspsam_monai.encoders.lora import apply_lora
 
 _IMAGENET_MEAN = (123.675 / 255, 116.28 / 255, 103.53 / 255)
@@ -118,11 +118,10 @@ class TinyViT(Encoder):
         """Window attention, local convolution, MLP on a map (B, C, H, W); and the attended prompts (B, P, C)."""
         tokens = x.permute(0, 2, 3, 1)  # (B, H, W, C), a view: the map is channels-last
         mixed, attended = self._window_attention(block.attn, block.window_size, tokens, prompt)
-        x = add(tokens, mixed).permute(0, 3, 1, 2)
-        x = self._conv_bn(block.local_conv, x).permute(0, 2, 3, 1)
-        x = add(x, _mlp(block.mlp, x))
+        x = self._conv_bn(block.local_conv, mixed.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        x = _mlp_residual(block.mlp, x)
         if attended is not None:
-            attended = attended + _mlp(block.mlp, attended)
+            attended = _mlp_residual(block.mlp, attended)
         return x.permute(0, 3, 1, 2), attended
 
     def _conv_bn(self, module: nn.Module, x: Tensor) -> Tensor:
@@ -136,9 +135,10 @@ class TinyViT(Encoder):
         sources = [conv.weight, bn.weight, bn.bias, bn.running_mean, bn.running_var]
         weight, bias = self._constants.get(id(module), sources, fold)
         if conv.kernel_size == (1, 1):
-            y = pointwise(x, weight, bias)
-        else:
-            y = F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+            exact = _is_gelu(module.act)
+            y = pointwise(x, weight, bias, with_gelu=exact)
+            return y if exact else module.act(y)
+        y = F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
         return _activate(module.act, y)
 
     def _mb_conv(self, block: nn.Module, x: Tensor) -> Tensor:
@@ -157,14 +157,14 @@ class TinyViT(Encoder):
             prompt: (P, C) tokens that every window sees as extra keys and values, or ``None``.
 
         Returns:
-            (B, H, W, C) without the residual, and (B, P, C) attended prompts with their residual (``None`` without
-            prompts, or if the encoder was built without ``return_tokens``).
+            (B, H, W, C) and attended prompts (B, P, C), both with their residual (``None`` without prompts, or if the
+            encoder was built without ``return_tokens``).
         """
         heads, d = attention.num_heads, attention.key_dim
         qkv = _project(attention, x)  # (B, H, W, heads, 3d)
         shared = self._shared(attention, prompt)
         out = self._in_windows(attention, window, qkv, shared)
-        mixed = attention.proj(out)
+        mixed = apply_linear(attention.proj, out, residual=x)
         if not self.return_tokens or prompt is None:
             return mixed, None
         # The prompts query all tokens of the map and each other.
@@ -224,17 +224,22 @@ class TinyViT(Encoder):
 
 def _project(attention: nn.Module, tokens: Tensor) -> Tensor:
     """Tokens (..., C) -> (..., heads, 3 d)."""
-    return attention.qkv(attention.norm(tokens)).unflatten(-1, (attention.num_heads, 3 * attention.key_dim))
+    qkv = apply_linear(attention.qkv, attention.norm(tokens))
+    return qkv.unflatten(-1, (attention.num_heads, 3 * attention.key_dim))
 
 
-def _mlp(mlp: nn.Module, x: Tensor) -> Tensor:
-    """Kornia's MLP (norm, linear, GELU, linear) on (..., C)."""
-    return mlp.fc2(_activate(mlp.act1, mlp.fc1(mlp.norm(x))))
+def _mlp_residual(mlp: nn.Module, x: Tensor) -> Tensor:
+    """Kornia's MLP (norm, linear, GELU, linear) added to its input (..., C)."""
+    return apply_linear(mlp.fc2, apply_linear(mlp.fc1, mlp.norm(x), with_gelu=True), residual=x)
+
+
+def _is_gelu(act: nn.Module) -> bool:
+    return isinstance(act, nn.GELU) and act.approximate == "none"
 
 
 def _activate(act: nn.Module, x: Tensor) -> Tensor:
     """Apply an activation to an intermediate of our own."""
-    return gelu(x) if isinstance(act, nn.GELU) and act.approximate == "none" else act(x)
+    return gelu(x) if _is_gelu(act) else act(x)
 
 
 def _qv_rows(attention: nn.Module) -> list[Tensor]:

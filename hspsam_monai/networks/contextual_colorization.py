@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hspsam_monai.encoders.layers import apply_linear
 from hspsam_monai.networks.layers import mlp
 from hspsam_monai.networks.sam_decoder import WIDTH
 
@@ -35,7 +36,7 @@ class TokenMerge(nn.Module):
         if x.shape[self.axis] % 2:
             x = torch.cat([x, x.narrow(self.axis, x.shape[self.axis] - 1, 1)], dim=self.axis)
         first, second = x.unflatten(self.axis, (-1, 2)).unbind(self.axis + 1)
-        return self.project(first * self.share[0] + second * self.share[1])
+        return apply_linear(self.project, first * self.share[0] + second * self.share[1])
 
 
 class CrossAttention(nn.Module):
@@ -55,11 +56,12 @@ class CrossAttention(nn.Module):
         """Tokens x (B, T, C) attend to others (B, T', C)."""
         other = self.norm_other(other)
         q, k, v = (
-            layer(t).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            apply_linear(layer, t).unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for layer, t in ((self.q, self.norm_x(x)), (self.k, other), (self.v, other))
         )
-        x = x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-        return x + self.ffn(self.norm_ffn(x))
+        x = apply_linear(self.out, F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2), residual=x)
+        enter, _, leave = self.ffn
+        return apply_linear(leave, apply_linear(enter, self.norm_ffn(x), with_gelu=True), residual=x)
 
 
 class ColorizationBlock(nn.Module):

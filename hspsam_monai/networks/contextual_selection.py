@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hspsam_monai.encoders.layers import linear
 from hspsam_monai.networks.layers import LayerNorm2d
 from hspsam_monai.networks.sam_decoder import WIDTH
 from hspsam_monai.networks.selective_scan import VisionMambaBlock
@@ -74,7 +75,8 @@ def selective_map(
     Cost: O(B Q M C).
     """
     with torch.no_grad(), torch.autocast(queries.device.type, enabled=False):
-        cosine = queries.detach() @ keys.detach().transpose(1, 2)
+        queries, keys = queries.detach(), keys.detach()
+        cosine = linear(queries, keys[0]) if len(keys) == 1 else queries @ keys.transpose(1, 2)
         if valid is not None:
             cosine = cosine.masked_fill(~valid[:, None], -math.inf)
         best, index = cosine.topk(min(top_k, keys.shape[1]), dim=-1)

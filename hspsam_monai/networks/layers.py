@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hspsam_monai.encoders.layers import Pointwise, add, gelu
+from hspsam_monai.encoders.layers import Pointwise
 
 
 class LayerNorm2d(nn.Module):
@@ -51,7 +51,7 @@ class SeparableResidual(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, C, H, W) to the same shape."""
-        return add(x, self.project(gelu(self.expand(self.norm(self.depthwise(x))))))
+        return self.project(self.expand(self.norm(self.depthwise(x)), with_gelu=True), residual=x)
 
 
 def resize(x: Tensor, size: tuple[int, int]) -> Tensor:

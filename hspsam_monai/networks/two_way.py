@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hspsam_monai.encoders.layers import add
+from hspsam_monai.encoders.layers import add, apply_linear
 
 
 def two_way(
@@ -99,10 +99,12 @@ def _image_to_tokens(module: nn.Module, cells: Tensor, keys: Tensor, values: Ten
 def _attend(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None = None) -> Tensor:
     """segment_anything's decoder attention on (B, N, C), fused; ``valid`` (B, keys) bool, true takes part."""
     q, k, v = (
-        _split(layer(x), module.num_heads) for layer, x in ((module.q_proj, q), (module.k_proj, k), (module.v_proj, v))
+        _split(apply_linear(layer, x), module.num_heads)
+        for layer, x in ((module.q_proj, q), (module.k_proj, k), (module.v_proj, v))
     )
     mask = None if valid is None else valid[:, None, None, :]
-    return module.out_proj(F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2))
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
+    return apply_linear(module.out_proj, out)
 
 
 def _split(x: Tensor, heads: int) -> Tensor:
