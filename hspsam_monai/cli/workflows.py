@@ -39,7 +39,8 @@ def train(
         output: folder of the run.
         network: name of an overlay in ``configs/network``.
         task: name of an overlay in ``configs/task``.
-        pretrained: catalogue name, path, ``none`` (random) or ``shipped``; ``None`` as configured.
+        pretrained: catalogue name, path, ``none`` (random) or ``shipped`` (for a Proxy Prompt, the shipped one);
+            ``None`` as configured.
         resume: go on with the run in ``output``, with the configuration it was started with.
         check: look through the data set first; faults stop the training.
         overrides: configuration entries.
@@ -66,7 +67,8 @@ def train(
     values = _checked(overrides, config)
     values |= {"output_dir": str(output), "resume": resume}
     values |= {} if data is None else {"dataset_dir": str(_resolved(data))}
-    values["pretrained"] = _pretrained(config.get("pretrained") if pretrained is None else pretrained, resume)
+    supports = str(config["network_def"]["_target_"]).endswith(".ProxyPrompt")
+    values["pretrained"] = _pretrained(config.get("pretrained") if pretrained is None else pretrained, resume, supports)
     if check:
         merged = {**config, **values}
         require_good_data(merged["dataset_dir"], merged["labels"], merged["num_classes"])
@@ -278,12 +280,12 @@ def _check_run(output: Path, resume: bool) -> None:
         raise TrainingError(f"{output} holds an earlier run. Go on with --resume, or choose another --output.")
 
 
-def _pretrained(source: str | None, resume: bool) -> str:
-    """Path or name of weights that are there; empty for random ones."""
+def _pretrained(source: str | None, resume: bool, supports: bool) -> str:
+    """Path or name of weights that are there; empty for random ones. ``supports``: for a Proxy Prompt."""
     if not source or source.lower() == "none":
         return ""
     if source == "shipped":
-        return str(find_model(None).path)
+        return str(find_model(None, supports).path)
     from hspsam_monai.encoders.weights import CATALOGUE, locate
 
     try:
@@ -293,7 +295,8 @@ def _pretrained(source: str | None, resume: bool) -> str:
             return ""  # last.pt holds everything
         if source not in CATALOGUE:
             raise
-        shipped = ", `--pretrained shipped` starts from the shipped model" if shipped_model().is_file() else ""
+        there = shipped_model(supports).is_file()
+        shipped = ", `--pretrained shipped` starts from the shipped model" if there else ""
         raise WeightsError(
             f"{error} Or: `--pretrained none` starts from random values{shipped}, `--pretrained PATH` from any file."
         ) from None

@@ -167,3 +167,15 @@ def test_training_with_three_masks(images, tmp_path, network):
         assert len(stored["context_keys"]) == 3 * 16
     hspsam("segment", images, tmp_path / "masks", "--model", tmp_path / "run", "--no-flips")
     assert len(list((tmp_path / "masks").glob("phantom_*.png"))) == 2
+
+
+@pytest.mark.slow
+def test_a_proxy_prompt_starts_from_the_shipped_one(tmp_path, bundle):
+    data = write_phantoms(tmp_path / "data", 8, seed=2, size=(64, 64), empty_fraction=0)
+    words = ["--task", "few_shot", "--network", "proxy_prompt", "--pretrained", "shipped", "train_cases=3", "draws=4"]
+    words += ["image_size=64", "batch_size=2", "epochs=1", "lr=1e-9", "warmup=1"]
+    hspsam("train", "--data", data, "--output", tmp_path / "run", *words)
+    shipped = read_state(bundle / "models" / "proxy_prompt.safetensors")
+    stored = read_state(tmp_path / "run" / "model.pt")
+    key = next(k for k in shipped if k.startswith("ccm.") and shipped[k].ndim > 1)
+    torch.testing.assert_close(stored[key].float(), shipped[key].float(), rtol=1e-3, atol=1e-4)
