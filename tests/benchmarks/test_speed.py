@@ -1,255 +1,21 @@
-"""The speed benchmark: turns, ratios, refusals, counted work, tables; and a smoke run from end to end."""
+"""The speed benchmark: parts, tables, settings; and a smoke run from end to end."""
 
 import os
-import sys
-from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
-from hspsam_monai import encoders
-from hspsam_monai.encoders import sam_vit
-from hspsam_monai.encoders.sam_vit import SamViT, Variant
+from hspsam_monai.data import write_phantoms
 from hspsam_monai.errors import ConfigError
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _scripts(repo):
-    """The scripts import each other from their own folder, as when they are started."""
-    sys.path.insert(0, str(repo / "benchmarks"))
-    yield
-    sys.path.remove(str(repo / "benchmarks"))
-
-
-@pytest.fixture
-def small(monkeypatch):
-    """Names a small ViT with windowed and global blocks."""
-    monkeypatch.setitem(sam_vit.VARIANTS, "small", Variant(48, 4, 3, (1, 3)))
-    monkeypatch.setitem(encoders.ENCODERS, "sam_small", partial(SamViT, "small"))
-    return "sam_small"
-
-
-# Turns and ratios
-
-
-def test_contenders_take_turns_after_their_warm_up():
-    from timing import interleave
-
-    calls = []
-    runs = {name: partial(calls.append, name) for name in "ABC"}
-    times = interleave(runs, CPU, 0.0, least=2, most=5, warm=1)
-    assert "".join(calls) == "ABC" * 3  # one to warm up, two measured
-    assert {name: len(timing.seconds) for name, timing in times.items()} == {"A": 2, "B": 2, "C": 2}
-
-
-def test_the_budget_decides_the_rounds_within_their_limits(monkeypatch):
-    import timing
-
-    now = [0.0]
-    monkeypatch.setattr(timing.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
-
-    def work(seconds):
-        now[0] += seconds
-
-    def rounds(cost, budget, **limits):
-        found = timing.interleave({"a": partial(work, cost), "b": partial(work, 2 * cost)}, CPU, budget, **limits)
-        assert found["b"].median == pytest.approx(2 * cost)
-        return len(found["a"].seconds)
-
-    assert rounds(1.0, 10.0) == 4  # the fourth round begins after 9 s
-    assert rounds(30.0, 10.0) == 3  # slow cases get the least
-    assert rounds(0.001, 10.0, most=50) == 50
-    with pytest.raises(ConfigError, match="least is 4"):
-        timing.interleave({}, CPU, 1.0, least=4, most=3)
-
-
-def test_the_ratio_is_that_of_the_fastest_peer():
-    from timing import Timing, race
-
-    peers = {"slow": Timing((9.0, 9.0, 1.0)), "fast": Timing((6.0, 5.0, 7.0))}
-    found = race(Timing((4.0, 3.0, 8.0)), peers)
-    assert found.peer == "fast"
-    assert found.by_median == pytest.approx(6 / 4)
-    assert found.by_minimum == pytest.approx(5 / 3)
-    assert race(None, peers) is None
-    assert race(Timing((1.0,)), {}) is None
-
-
-def test_a_timing_shows_minimum_median_and_maximum():
-    from timing import Timing
-
-    assert Timing((0.2, 0.0123, 0.00456)).cells() == ["4.56", "12.3", "200", "3"]
-
-
-@pytest.mark.parametrize(
-    ("value", "aim", "at_most", "text"),
-    [
-        (1.4, 1.4, False, "≥ 1.4: reached"),
-        (1.39, 1.4, False, "≥ 1.4: missed"),
-        (1.39, 1.4, True, "≤ 1.4: reached"),
-        (1.41, 1.4, True, "≤ 1.4: missed"),
-        (None, 5.0, False, "≥ 5: not measured"),
-        (1.0, None, False, "–"),
-    ],
-)
-def test_a_verdict_stands_beside_its_aim(value, aim, at_most, text):
-    from timing import verdict
-
-    assert verdict(value, aim, at_most=at_most) == text
-
-
-def test_progress_corrects_its_guess(monkeypatch):
-    import timing
-
-    now = [0.0]
-    monkeypatch.setattr(timing.time, "monotonic", lambda: now[0])
-    progress = timing.Progress([10.0, 30.0, 20.0])
-    assert progress.begin("first") == "1 of 3: first; about 1 min 00 s left"
-    now[0] = 20.0  # twice as long as guessed
-    assert progress.begin("second") == "2 of 3: second; about 1 min 40 s left"
-
-
-# Contenders
-
-
-@pytest.mark.parametrize("name", ["sam_small", "mobile_sam"])
-def test_all_contenders_compute_the_same_from_the_same_weights(small, name):
-    from peers import OURS, PRECISIONS, build, random_encoder, refusal
-
-    encoder = random_encoder(name, 64)
-    contenders, absent = build(encoder, CPU)
-    names = [contender.name for contender in contenders]
-    peers = ["kornia"] if name == "mobile_sam" else ["segment_anything", "transformers, SDPA"]
-    assert (names, absent) == ([*peers, OURS], {})
-    image = torch.rand(2, 3, 64, 64)
-    expected = contenders[0].encode(contenders[0].input(image, encoder), "float32")
-    assert expected.shape == (2, 256, 4, 4)
-    for contender in contenders:
-        for precision in PRECISIONS:
-            output = contender.encode(contender.input(image, encoder), precision)
-            assert refusal(output, expected, precision) is None, (contender.name, precision)
-    if name == "sam_small":
-        assert type(contenders[1].module.layers[0].attn).__name__ == "SamVisionSdpaAttention"
-    # Weights that usually start at zero are not, or wrong ones would pass unseen.
-    assert all(parameter.abs().max() > 0 for parameter in encoder.parameters())
-    again = random_encoder(name, 64).state_dict()
-    assert all(torch.equal(value, again[key]) for key, value in encoder.state_dict().items())
-
-
-def test_an_output_that_differs_is_refused():
-    from peers import refusal
-
-    expected = torch.randn(1, 256, 2, 2)
-    assert refusal(expected * (1 + 5e-6), expected, "float32") is None
-    assert "2.0e-05 relative" in refusal(expected * (1 + 2e-5), expected, "float32")
-    assert refusal(expected.bfloat16(), expected, "bfloat16") is None
-    assert "cosine" in refusal(expected + 0.1 * torch.randn_like(expected), expected, "bfloat16")
-    assert "not finite" in refusal(expected * torch.nan, expected, "bfloat16")
-    assert "shape" in refusal(expected[:, :8], expected, "float32")
 
 
 def _settings(**options):
     from parts import Settings
 
     return Settings(**{"sizes": (64,), "batches": (1,), "seconds": 0.0, "least": 2, "most": 2, **options})
-
-
-def test_a_row_whose_output_differs_is_not_timed(small, monkeypatch):
-    import speed_encoder
-
-    speed_encoder.models.cache_clear()
-    with torch.no_grad():
-        encoder, contenders, _ = speed_encoder.models(small, 64, CPU)
-        contenders[1].module.neck.layer_norm2.weight.mul_(1.001)  # transformers
-    settings = _settings(encoders=(small,), precisions=("float32",))
-    rows = {row["implementation"]: row for row in speed_encoder.measure(small, 64, 1, settings)}
-    assert rows["transformers, SDPA"]["timing"] is None
-    assert rows["transformers, SDPA"]["note"].startswith("outputs differ")
-    assert len(rows["hspsam"]["timing"].seconds) == len(rows["segment_anything"]["timing"].seconds) == 2
-    assert 0 < rows["hspsam"]["share"]
-    text = speed_encoder.report(list(rows.values()), settings)
-    assert "| sam_small | 64 | 1 | float32 | eager | segment_anything |" in text
-    assert "not measured | not measured | outputs differ" in text
-
-    with torch.no_grad():
-        encoder.neck[3].weight.mul_(1.001)  # ours: nothing of the row may be timed
-    monkeypatch.setattr(speed_encoder, "interleave", None)
-    rows = speed_encoder.measure(small, 64, 1, settings)
-    assert all(row["timing"] is None for row in rows)
-    assert speed_encoder.ratios(rows)[0][6].startswith("refused: outputs differ")
-    speed_encoder.models.cache_clear()
-
-
-def test_the_ratio_stands_beside_its_aim_and_compiled_rows_apart():
-    from speed_encoder import ratios
-    from timing import Timing
-
-    base = {"device": "cpu", "encoder": "sam_vit_b", "precision": "float32", "size": 256, "batch": 1, "note": ""}
-
-    def row(name, seconds, compiled=False, share=0.5):
-        return {
-            **base, "implementation": name, "compiled": compiled, "timing": Timing((seconds,)), "share": share,
-        }  # fmt: skip
-
-    rows = [row("a", 3.0), row("b", 2.0), row("hspsam", 1.25)]
-    rows += [row("a, compiled", 1.5, True), row("hspsam, compiled", 1.25, True)]
-    eager, compiled = ratios(rows)
-    assert eager[4:9] == ["eager", "b", "1.60 ×", "1.60 ×", "≥ 1.4: reached"]
-    assert compiled[4:9] == ["compiled", "a, compiled", "1.20 ×", "1.20 ×", "≥ 1.4: missed"]
-
-
-# Work
-
-
-def test_counted_work_is_that_of_the_published_encoders(small):
-    """Padded work equals what torch counts in the peers, whose attention is made of plain products."""
-    from peers import build, random_encoder, variant_of
-    from work import tiny_flops, vit_flops
-
-    for name, size in ((small, 256), (small, 224), ("mobile_sam", 128)):
-        encoder = random_encoder(name, size)
-        published = build(encoder, CPU)[0][0]
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            published.module(torch.rand(1, 3, size, size))
-        variant = variant_of(encoder)
-        count = partial(vit_flops, variant) if variant else tiny_flops
-        assert count(size, padded=True) == counter.get_total_flops()
-        if (name, size) == (small, 224):  # exactly one window: nothing is padded
-            assert count(size) == count(size, padded=True)
-        else:
-            assert count(size) < count(size, padded=True)
-
-
-def test_real_work_saves_what_padding_costs():
-    """Arithmetic on ViT-B at 256 pixels: 16 x 16 tokens in 2 x 2 windows of 14."""
-    from work import vit_flops
-
-    variant = sam_vit.VARIANTS["b"]
-    saved = vit_flops(variant, 256, padded=True) - vit_flops(variant, 256)
-    tokens = 28**2 - 16**2
-    projections = 4 * tokens * 768**2
-    shapes = {196: 1, 28: 2, 4: 1}  # real tokens of a window -> how many; partial ones see one key of padding
-    pairs = 4 * 196**2 - sum(many * real * (real + (real < 196)) for real, many in shapes.items())
-    assert saved == 2 * 8 * (projections + 2 * pairs * 768 + 28 * tokens * 768)
-
-
-def test_the_roofline_counts_what_it_multiplies():
-    from work import roofline, tiny_products, vit_products
-
-    assert vit_products(Variant(48, 4, 3, (1,)), 64, 2)[2] == (32, 48, 192)
-    assert tiny_products(64, 1)[0] == (64, 128, 384)
-    run, flops = roofline([(8, 4, 2), (3, 5, 7)], CPU, torch.float32)
-    with FlopCounterMode(display=False) as counter:
-        assert run().shape == (3, 7)
-    assert flops == counter.get_total_flops() == 2 * (8 * 4 * 2 + 3 * 5 * 7)
-
-
-# Memory, networks, training, guard
 
 
 def test_a_peak_is_what_a_run_holds_at_once():
@@ -370,9 +136,6 @@ def test_the_guard_counts_pixels_and_dice():
     assert report([], _settings()).startswith("not measured")
 
 
-# The program
-
-
 def _results(tmp_path, *sections):
     file = tmp_path / "RESULTS.md"
     file.write_text("".join(f"<!-- section: {s} -->\nnot measured\n<!-- end: {s} -->\n" for s in sections))
@@ -444,8 +207,6 @@ def test_settings_follow_the_device_and_a_part_of_the_sizes_is_not_published(mon
 def test_a_smoke_run_fills_every_section_of_another_file(tmp_path, small, monkeypatch, capsys):
     import speed
     from common import RESULTS
-
-    from hspsam_monai.data import write_phantoms
 
     before = RESULTS.read_bytes()
     file = _results(tmp_path, *[part.section for part in speed.PARTS.values()])
