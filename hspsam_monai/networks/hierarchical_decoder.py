@@ -39,7 +39,7 @@ class HierarchicalDecoder(nn.Module):
         prompted: for each level, whether a two-way transformer runs there.
         style: ``paper`` (width 256, depth 2, 3x3 necks, full-resolution head) or ``slim`` (width 128, 64 at
             stride 4, depth 1, separable convolutions, head at stride 4 and one bilinear upsampling), which
-            costs about a tenth of TinyViT.
+            needs about an eighth of TinyViT's multiplications; its time is in ``benchmarks/RESULTS.md``.
 
     A pyramid whose levels differ in stride (TinyViT) is walked the same way: the stream is upsampled when it
     passes to a finer level.
