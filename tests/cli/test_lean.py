@@ -21,6 +21,7 @@ def python(code: str) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow  # MONAI and torchvision
 def test_what_is_left_out_can_be_imported_afterwards():
     answer = python(
         "import importlib, json, sys\n"
@@ -37,7 +38,7 @@ def test_what_is_left_out_can_be_imported_afterwards():
     assert answer == [True, left_out, "SupervisedEvaluator", ["nms", "hilbert", "Optimizer"], False]
 
 
-@pytest.mark.slow  # two imports of MONAI
+@pytest.mark.slow  # MONAI twice
 def test_a_package_that_monai_needs_is_not_left_out():
     answer = python(
         "import json\n"
