@@ -54,13 +54,18 @@ def find_model(source: str | Path | None, supports: bool = False) -> Model:
     overlay = path.parent / OVERLAY
     network = read_overlay(overlay) if overlay.is_file() else _shipped_network(supports)
     model = Model(path.resolve(), {"min_confidence": 0.0} | network)  # runs before this entry dropped nothing
-    target = str(model.network["network_def"]["_target_"])
-    if supports and not target.endswith(".ProxyPrompt"):
+    if supports and not takes_supports(model.network):
+        name = str(model.network["network_def"]["_target_"]).rpartition(".")[2]
         raise ConfigError(
-            f"{path} is a model of {target.rpartition('.')[2]}, which takes no supports; expected a Proxy Prompt. "
+            f"{path} is a model of {name}, which takes no supports; expected a Proxy Prompt. "
             "Leave --support out, or name a model trained with --network proxy_prompt."
         )
     return model
+
+
+def takes_supports(config: Mapping[str, Any]) -> bool:
+    """Whether the network of a configuration, its ``network_def``, is prompted by supports."""
+    return str(config["network_def"]["_target_"]).endswith(".ProxyPrompt")
 
 
 def model_path(source: str | Path | None, supports: bool = False) -> Path:

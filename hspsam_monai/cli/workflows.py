@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hspsam_monai.cli.console import progress, tell
-from hspsam_monai.cli.models import OVERLAY, Model, find_model, shipped_model
+from hspsam_monai.cli.models import OVERLAY, Model, find_model, shipped_model, takes_supports
 from hspsam_monai.cli.options import check_overrides, config_path, device_setting, overlay_path
 from hspsam_monai.errors import ConfigError, DataError, TrainingError, WeightsError
 from hspsam_monai.files import atomic_write
@@ -67,8 +67,8 @@ def train(
     values = _checked(overrides, config)
     values |= {"output_dir": str(output), "resume": resume}
     values |= {} if data is None else {"dataset_dir": str(_resolved(data))}
-    supports = str(config["network_def"]["_target_"]).endswith(".ProxyPrompt")
-    values["pretrained"] = _pretrained(config.get("pretrained") if pretrained is None else pretrained, resume, supports)
+    source = config.get("pretrained") if pretrained is None else pretrained
+    values["pretrained"] = _pretrained(source, resume, takes_supports(config))
     if check:
         merged = {**config, **values}
         require_good_data(merged["dataset_dir"], merged["labels"], merged["num_classes"])

@@ -22,26 +22,26 @@ def linear(
         weight: (D, C).
         bias: (D,) or ``None``.
         with_gelu: apply the exact GELU.
-        residual: (..., D) to add at the end, left as it is; not together with ``with_gelu``.
+        residual: (..., D) to add at the end, left as it is.
 
     Returns:
         (..., D).
     """
     if products.suits(x, weight, bias, residual):
         return products.linear(x, weight, bias, with_gelu, residual)
-    y = F.linear(x, weight, bias)
-    if with_gelu:
-        return gelu(y)
-    return y if residual is None else add(residual, y)
+    return _finish(F.linear(x, weight, bias), with_gelu, residual)
 
 
 def apply_linear(module: nn.Module, x: Tensor, with_gelu: bool = False, residual: Tensor | None = None) -> Tensor:
     """:func:`linear` with a module's parameters; a module of another class (LoRA, quantised) computes its own part."""
     if type(module) is nn.Linear:
         return linear(x, module.weight, module.bias, with_gelu, residual)
-    y = module(x)
-    if with_gelu:
-        return gelu(y)
+    return _finish(module(x), with_gelu, residual)
+
+
+def _finish(y: Tensor, with_gelu: bool, residual: Tensor | None) -> Tensor:
+    """Residual + GELU of a layer's own output (..., D), whose memory may be written to."""
+    y = gelu(y) if with_gelu else y
     return y if residual is None else add(residual, y)
 
 

@@ -58,6 +58,7 @@ def suits(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | Non
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, with_gelu: bool, residual: Tensor | None) -> Tensor:
     """See :func:`hspsam_monai.encoders.layers.linear`; by the operators TorchInductor emits for fused layers."""
     operator = torch.ops.mkldnn._linear_pointwise
-    if residual is not None:
+    if residual is not None and not with_gelu:
         return operator.binary(x, residual, weight, bias, "add")
-    return operator(x, weight, bias, *(("gelu", [], "none") if with_gelu else ("none", [], "")))
+    y = operator(x, weight, bias, *(("gelu", [], "none") if with_gelu else ("none", [], "")))
+    return y if residual is None else y.add_(residual)

@@ -45,10 +45,11 @@ def test_values_are_those_of_the_plain_layer(calls, shape, with_bias):
         ({}, plain),
         ({"with_gelu": True}, F.gelu(plain)),
         ({"residual": residual}, plain + residual.double()),
+        ({"residual": residual, "with_gelu": True}, F.gelu(plain) + residual.double()),
     ):
         torch.testing.assert_close(linear(x, weight, bias, **options).double(), expected, rtol=1e-5, atol=1e-5)
     assert torch.equal(residual, before)  # somebody else may still read it
-    assert calls == [shape] * 3
+    assert calls == [shape] * 4
 
 
 def test_a_map_that_is_channels_last_stays_so(calls):
