@@ -7,6 +7,7 @@ faster (EPYC with AVX-512, PyTorch 2.13, rows x C x D, times as fast as MKL, two
     4096 x 768 x 2304   1.14        16384 x 256 x  64   1.34
      256 x 768 x 2304   1.58         1024 x 160 x 640   1.04
       64 x 768 x  768   1.38          256 x 160 x 480   0.91
+       5 x 256 x 2048   1.3             5 x 256 x 256   0.5
 
 and it adds bias, GELU or a residual on the way, which saves passes over memory. Intel's processors were not measured:
 there MKL stays. ``torch.backends.mkldnn.flags(enabled=False)`` turns oneDNN off.
@@ -21,8 +22,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-#: Multiplications from which a product is worth the other library's call.
-_LEAST = 2**25
+#: Multiplications from which a product is worth the other library's call, or else numbers of its weight: with few rows,
+#: what counts is reading it.
+_LEAST, _LEAST_WEIGHT = 2**25, 2**19
 _CPUINFO = Path("/proc/cpuinfo")
 
 
@@ -45,7 +47,8 @@ def suits(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | Non
     # What is traced or compiled must hold operators that every runtime knows, for any size.
     if torch.compiler.is_compiling() or torch.compiler.is_exporting() or torch.jit.is_tracing():
         return False
-    if not _preferred() or x.numel() * weight.shape[0] < _LEAST:
+    large = x.numel() * weight.shape[0] >= _LEAST or weight.numel() >= _LEAST_WEIGHT
+    if not large or not x.numel() or not _preferred():
         return False
     tensors = [t for t in (x, weight, bias, residual) if t is not None]
     if any(t.dtype is not torch.float32 or t.device.type != "cpu" for t in tensors):

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hspsam_monai.encoders.layers import linear
-from hspsam_monai.networks.layers import LayerNorm2d
+from hspsam_monai.networks.layers import LayerNorm2d, to_cells, to_map
 from hspsam_monai.networks.sam_decoder import WIDTH
 from hspsam_monai.networks.selective_scan import VisionMambaBlock
 
@@ -47,7 +47,7 @@ class Context(NamedTuple):
 
 def unit_cells(features: Tensor) -> Tensor:
     """Features (B, C, h, w) -> cells (B, h w, C) of length 1, float32."""
-    return F.normalize(features.float().flatten(2).transpose(1, 2), dim=-1)
+    return F.normalize(to_cells(features.float()), dim=-1)
 
 
 def selective_map(
@@ -177,8 +177,7 @@ class ContextualSelectiveModule(nn.Module):
     def encode(self, images: Tensor, masks: Tensor) -> Tensor:
         """CSM 1, images (S, 3, H, W) in [0, 1] and masks of one object each (S, H, W) in {0, 1} -> V (S, C^v, h, w)."""
         x = self.patch(torch.cat([images, masks[:, None].to(images.dtype)], dim=1) * 2 - 1)
-        tokens = self.norm(self.blocks(x.flatten(2).transpose(1, 2)))
-        return tokens.transpose(1, 2).unflatten(2, tuple(x.shape[-2:]))
+        return to_map(self.norm(self.blocks(to_cells(x))), tuple(x.shape[-2:]))
 
     def aggregate(self, images: Tensor, masks: Tensor, features: Tensor) -> Tensor:
         """CSM 1 and 2: the values of S supports for N objects.

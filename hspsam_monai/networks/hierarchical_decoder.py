@@ -13,13 +13,21 @@ import torch
 from segment_anything.modeling.prompt_encoder import PositionEmbeddingRandom
 from segment_anything.modeling.transformer import TwoWayTransformer
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from hspsam_monai.encoders import Level
 from hspsam_monai.encoders.constants import Constants
 from hspsam_monai.encoders.layers import Pointwise, add
 from hspsam_monai.errors import ConfigError
-from hspsam_monai.networks.layers import LayerNorm2d, SeparableResidual, mlp, resize
+from hspsam_monai.networks.layers import (
+    LayerNorm2d,
+    NormGELU,
+    OwnGELU,
+    SeparableResidual,
+    mlp,
+    resize,
+    to_cells,
+    to_map,
+)
 from hspsam_monai.networks.two_way import two_way
 
 #: Channels of the four transposed convolutions of the paper's head, 256 -> 64 -> 32 -> 16 -> 8.
@@ -106,10 +114,9 @@ class HierarchicalDecoder(nn.Module):
                 prompt = prompts[index]
                 sparse = tokens if prompt is None else torch.cat([tokens, prompt.expand(batch, -1, -1)], dim=1)
                 h, w = src.shape[-2:]
-                cells = src.flatten(2).transpose(1, 2)
-                tokens, keys = two_way(self.transformers[index], cells, self._position((h, w)), sparse)
+                tokens, cells = two_way(self.transformers[index], to_cells(src), self._position((h, w)), sparse)
                 tokens = tokens[:, :kept]  # this level's prompts have done their work
-                src = keys.transpose(1, 2).unflatten(2, (h, w))
+                src = to_map(cells, (h, w))
         up = self.upscale(src)
         filters = torch.stack([h(tokens[:, 1 + k]) for k, h in enumerate(self.hyper)], dim=1)  # (B, K, c)
         logits = torch.einsum("bkc,bchw->bkhw", filters, up.to(filters.dtype))
@@ -159,14 +166,6 @@ def _slim_neck(channels: int, width: int) -> nn.Sequential:
     return nn.Sequential(Pointwise(channels, width, bias=False), LayerNorm2d(width))
 
 
-class _NormGELU(LayerNorm2d):
-    """The paper's LN2d + GELU pair of the head."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise (B, C, H, W) over C and apply GELU."""
-        return F.gelu(super().forward(x))
-
-
 def _head(width: int, stride: int, paper: bool) -> tuple[nn.Module, int]:
     """Upscaling from ``stride`` to 1 (paper) or to 4 (slim), and the channels it ends with."""
     steps = 0
@@ -177,12 +176,12 @@ def _head(width: int, stride: int, paper: bool) -> tuple[nn.Module, int]:
     layers: list[nn.Module] = []
     if not paper:
         for _ in range(steps):
-            layers += [nn.ConvTranspose2d(width, width // 2, 2, 2), _NormGELU(width // 2)]
+            layers += [nn.ConvTranspose2d(width, width // 2, 2, 2), NormGELU(width // 2)]
             width //= 2
         return nn.Sequential(*layers, Pointwise(width, SLIM_HEAD)), SLIM_HEAD
     plan = (*PAPER_HEAD[: steps - 1], PAPER_HEAD[-1]) if steps else ()
     for index, channels in enumerate(plan):
         last = index == len(plan) - 1
-        layers += [nn.ConvTranspose2d(width, channels, 2, 2), nn.GELU() if last else _NormGELU(channels)]
+        layers += [nn.ConvTranspose2d(width, channels, 2, 2), OwnGELU() if last else NormGELU(channels)]
         width = channels
     return nn.Sequential(*layers), width

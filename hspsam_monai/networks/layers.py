@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hspsam_monai.encoders.layers import Pointwise
+from hspsam_monai.encoders.layers import Pointwise, gelu
 
 
 class LayerNorm2d(nn.Module):
@@ -24,6 +24,36 @@ class LayerNorm2d(nn.Module):
         """Normalise (B, C, H, W) over C; channels-last in memory stays channels-last."""
         y = F.layer_norm(x.permute(0, 2, 3, 1), self.weight.shape, self.weight, self.bias, self.eps)
         return y.permute(0, 3, 1, 2)
+
+
+class NormGELU(LayerNorm2d):
+    """SAM's LN2d + GELU pair between transposed convolutions."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise (B, C, H, W) over C and apply GELU."""
+        return gelu(super().forward(x))
+
+
+class OwnGELU(nn.GELU):
+    """GELU that may overwrite its input, which must be the output of the layer before it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply GELU to a tensor of any shape."""
+        return gelu(x)
+
+
+def to_cells(x: Tensor) -> Tensor:
+    """Map (B, C, h, w) -> its cells (B, h w, C), row by row."""
+    return x.flatten(2).transpose(1, 2)
+
+
+def to_map(cells: Tensor, size: tuple[int, int]) -> Tensor:
+    """Cells (B, h w, C) -> their map (B, C, h, w) of ``size`` (h, w), channels-last without a copy.
+
+    Written this way round: the strides of ``transpose`` and ``unflatten`` do not count as channels-last for a batch of
+    one, and interpolation and convolutions then bring the map into the other order and back.
+    """
+    return cells.unflatten(1, size).permute(0, 3, 1, 2)
 
 
 def mlp(widths: list[int], activation: type[nn.Module] = nn.ReLU, **options: float) -> nn.Sequential:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hspsam_monai.errors import ConfigError
+from hspsam_monai.networks.layers import to_cells, to_map
 from hspsam_monai.networks.two_way import two_way
 
 #: Point labels beyond SAM's own 1 (object), 0 (background), -1 (not a point): this slot is empty.
@@ -197,8 +198,8 @@ class SAMDecoder(nn.Module):
             valid = torch.cat([valid.new_ones(count, output.shape[1]), valid], dim=1)
         src = embedding[:, None].expand(-1, objects, -1, -1, -1).flatten(0, 1) + dense
         position = self.prompt_encoder.pe_layer((h, w)).flatten(1).transpose(0, 1)[None]
-        tokens, keys = two_way(decoder.transformer, src.flatten(2).transpose(1, 2), position, tokens, valid)
-        up = decoder.output_upscaling(keys.transpose(1, 2).unflatten(2, (h, w)))
+        tokens, keys = two_way(decoder.transformer, to_cells(src), position, tokens, valid)
+        up = decoder.output_upscaling(to_map(keys, (h, w)))
         heads = decoder.output_hypernetworks_mlps
         filters = torch.stack([head(tokens[:, 1 + i]) for i, head in enumerate(heads)], dim=1)
         masks = torch.einsum("bmc,bchw->bmhw", filters, up.to(filters.dtype))

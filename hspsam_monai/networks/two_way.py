@@ -37,6 +37,7 @@ def two_way(
         Tokens (B, T, C) and image tokens (B, N, C).
     """
     queries = tokens
+    seen = keys + position
     for layer in transformer.layers:
         if layer.skip_first_layer_pe:
             queries = _attend(layer.self_attn, queries, queries, queries, valid)
@@ -44,13 +45,19 @@ def two_way(
             q = queries + tokens
             queries = queries + _attend(layer.self_attn, q, q, queries, valid)
         queries = layer.norm1(queries)
-        looking = _tokens_to_image(layer.cross_attn_token_to_image, queries + tokens, keys + position, keys)
+        looking = _tokens_to_image(layer.cross_attn_token_to_image, queries + tokens, seen, keys)
         queries = layer.norm2(queries + looking)
-        queries = layer.norm3(queries + layer.mlp(queries))
-        told = _image_to_tokens(layer.cross_attn_image_to_token, keys + position, queries + tokens, queries, valid)
+        queries = layer.norm3(_mlp(layer.mlp, queries))
+        told = _image_to_tokens(layer.cross_attn_image_to_token, seen, queries + tokens, queries, valid)
         keys = layer.norm4(add(keys, told))
-    looking = _tokens_to_image(transformer.final_attn_token_to_image, queries + tokens, keys + position, keys)
+        seen = keys + position
+    looking = _tokens_to_image(transformer.final_attn_token_to_image, queries + tokens, seen, keys)
     return transformer.norm_final_attn(queries + looking), keys
+
+
+def _mlp(module: nn.Module, x: Tensor) -> Tensor:
+    """Add to x (B, T, C) what segment_anything's ``MLPBlock`` makes of it."""
+    return apply_linear(module.lin2, module.act(apply_linear(module.lin1, x)), residual=x)
 
 
 def _few(module: nn.Module, tokens: int) -> bool:

@@ -112,6 +112,16 @@ def test_other_types_small_products_and_switched_off_stay_with_pytorch(calls, mo
     assert not calls
 
 
+def test_a_few_rows_times_a_large_weight_count_as_large(calls, monkeypatch):
+    x, weight, bias, _ = arguments(3, 32)
+    monkeypatch.setattr(products, "_LEAST", 2**25)
+    monkeypatch.setattr(products, "_LEAST_WEIGHT", weight.numel())
+    torch.testing.assert_close(linear(x, weight, bias), F.linear(x, weight, bias))
+    linear(x[:0], weight, bias)
+    linear(x, weight[:-1], bias[:-1])
+    assert calls == [(3, 32)]
+
+
 def test_what_is_traced_or_exported_holds_common_operators(calls):
     class Layer(nn.Module):
         def __init__(self):
