@@ -30,6 +30,7 @@ from common import (
     machine,
     machine_line,
     markdown_table,
+    mirror_inferer,
     paired_bootstrap,
     publish,
     start_logging,
@@ -180,7 +181,8 @@ def main(argv: list[str] | None = None) -> None:
     # Results belong to one model, one network, one rule for boxes and, for the times, one number of threads.
     digest = hashlib.sha256(args.model.read_bytes() + b"".join(f.read_bytes() for f in files)).hexdigest()[:12]
     folder = args.output / f"{digest}-{args.least}-{device().type}-{torch.get_num_threads()}"
-    rows = _measure(network, image_size, BoxedMobileSAM(weights), cases, folder, args.least, args.pictures)
+    inferers = {OURS: mirror_inferer(files), ONE_PASS: ImageInferer(image_size, PRECISION)}
+    rows = _measure(network, inferers, BoxedMobileSAM(weights), cases, folder, args.least, args.pictures)
     publish(SECTION, _report(rows, digest, image_size, args), args, partial=len(rows) < total)
 
 
@@ -195,7 +197,7 @@ def _network_files(model: Path, network: Path | None) -> list[Path]:
 @torch.inference_mode()
 def _measure(
     network: nn.Module,
-    image_size: int,
+    inferers: dict[str, ImageInferer],
     peer: BoxedMobileSAM,
     cases: Sequence[dict[str, Any]],
     folder: Path,
@@ -208,7 +210,6 @@ def _measure(
     known = _read(table)
     todo = [case for case in cases if case["case"] not in known]
     logger.info("%d images, %d of them finished before.", len(cases), len(cases) - len(todo))
-    inferers = {name: ImageInferer(image_size, PRECISION, flips=name == OURS) for name in (OURS, ONE_PASS)}
     if todo:  # the first call of each network allocates and plans
         warm = image_tensor(todo[0]["image"])
         for inferer in inferers.values():

@@ -17,6 +17,7 @@ import torch
 from monai.bundle import ConfigParser
 from torch import nn
 
+from hspsam_monai.bundle_path import bundle_root
 from hspsam_monai.data import find_cases, read_image, read_mask
 from hspsam_monai.encoders.weights import CATALOGUE, locate
 from hspsam_monai.errors import ConfigError, DataError
@@ -220,6 +221,48 @@ def load_network(model: str | Path, files: Sequence[str | Path]) -> tuple[nn.Mod
 def load_run(folder: str | Path) -> tuple[nn.Module, int, int]:
     """Load what a training left in ``folder``; see :func:`load_network`."""
     return load_network(Path(folder) / "model.pt", [Path(folder) / "network.json"])
+
+
+def measure_argument(parser: argparse.ArgumentParser) -> None:
+    """Add ``--measure``, read by :func:`parse_measure`."""
+    parser.add_argument(
+        "--measure", nargs="+", default=["shipped:polyp:val"], metavar="MODEL:SET:SPLIT",
+        help="shipped or the folder of a run; a data set below --data; its split, or all",
+    )  # fmt: skip
+
+
+def parse_measure(text: str) -> tuple[str, str, str]:
+    """Split ``MODEL:SET:SPLIT``; MODEL may hold colons itself.
+
+    Raises:
+        ConfigError: a part is missing.
+    """
+    parts = text.rsplit(":", 2)
+    if len(parts) != 3 or not all(parts):
+        raise ConfigError(f"--measure got {text!r}; expected MODEL:SET:SPLIT, such as shipped:polyp:val.")
+    return parts[0], parts[1], parts[2]
+
+
+def load_model(model: str) -> tuple[nn.Module, list[Path], int, int]:
+    """Load ``shipped`` or the folder of a run.
+
+    Returns:
+        The network in evaluation mode, the configurations that describe it, its image size, its number of classes.
+    """
+    root, run = bundle_root(), Path(model)
+    weights, config = run / "model.pt", run / "network.json"
+    if model == "shipped":
+        weights, config = root / "models" / "model.pt", root / "configs" / "inference.json"
+    network, size, classes = load_network(weights, [config])
+    return network, [config], size, classes
+
+
+def mirror_inferer(files: Sequence[str | Path], precision: str = PRECISION) -> ImageInferer:
+    """Make the inferer that `evaluate` and `inference` use with these configurations: four mirror images, averaged."""
+    parser = ConfigParser()
+    parser.read_config([str(file) for file in files])
+    size, scales = parser.get_parsed_content("image_size"), parser.config.get("scales", [1])
+    return ImageInferer(size, precision, flips=True, scales=scales)
 
 
 def image_tensor(path: str | Path) -> torch.Tensor:

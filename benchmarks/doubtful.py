@@ -14,23 +14,22 @@ import numpy as np
 import torch
 from common import (
     MISSED,
-    PRECISION,
     argument_parser,
     by_source,
     cases_of,
     image_tensor,
-    load_network,
-    load_run,
+    load_model,
     machine_line,
     markdown_table,
+    measure_argument,
+    mirror_inferer,
+    parse_measure,
     publish,
     shared_folder,
     start_logging,
 )
 
-from hspsam_monai.bundle_path import bundle_root
 from hspsam_monai.data import read_mask
-from hspsam_monai.errors import ConfigError
 from hspsam_monai.inference import ImageInferer
 from hspsam_monai.scores import score_masks
 from hspsam_monai.transforms import drop_doubtful
@@ -46,21 +45,19 @@ def main(argv: list[str] | None = None) -> None:
     parser = argument_parser("doubtful", __doc__)
     shared = shared_folder()
     parser.set_defaults(data=shared and shared / "data")
-    parser.add_argument(
-        "--measure", nargs="+", default=["shipped:polyp:val"], metavar="MODEL:SET:SPLIT",
-        help="shipped or the folder of a run; a data set below --data; its split, or all",
-    )  # fmt: skip
+    measure_argument(parser)
     parser.add_argument("--bars", nargs="+", type=float, default=list(BARS), help="min_confidence")
     parser.add_argument("--limit", type=int, help="only the first cases of each source")
     args = parser.parse_args(argv)
     start_logging()
     rows = []
     for text in args.measure:
-        model, name, split = _parse(text)
-        network, size, classes = _network(model)
+        model, name, split = parse_measure(text)
+        network, files, _, classes = load_model(model)
+        inferer = mirror_inferer(files)
         for source, cases in by_source(cases_of(args.data / name, split)).items():
             label = name if source == "val" else f"{name}/{source}"
-            found = _score(network, size, classes, cases[: args.limit], args.bars)
+            found = _score(network, inferer, classes, cases[: args.limit], args.bars)
             rows += _rows(Path(model).name, f"{label} {split}", found)
     head = ["model", "images", "min_confidence", "Dice of images with an object", f"missed (Dice < {MISSED})"]
     head += ["empty parts left empty"]
@@ -72,24 +69,14 @@ def main(argv: list[str] | None = None) -> None:
     publish(SECTION, f"{markdown_table(head, rows)}\n{text}\n\n{machine_line()}", args, partial=args.limit is not None)
 
 
-def _parse(text: str) -> tuple[str, str, str]:
-    parts = text.rsplit(":", 2)
-    if len(parts) != 3 or not all(parts):
-        raise ConfigError(f"--measure got {text!r}; expected MODEL:SET:SPLIT, such as shipped:polyp:val.")
-    return parts[0], parts[1], parts[2]
-
-
-def _network(model: str) -> tuple[torch.nn.Module, int, int]:
-    if model != "shipped":
-        return load_run(model)
-    return load_network(bundle_root() / "models" / "model.pt", [bundle_root() / "configs" / "inference.json"])
-
-
 @torch.inference_mode()
 def _score(
-    network: torch.nn.Module, size: int, classes: int, cases: Sequence[Mapping[str, Any]], bars: Sequence[float]
+    network: torch.nn.Module,
+    inferer: ImageInferer,
+    classes: int,
+    cases: Sequence[Mapping[str, Any]],
+    bars: Sequence[float],
 ) -> dict[float, tuple[list[float], list[bool]]]:
-    inferer = ImageInferer(size, precision=PRECISION, flips=True)
     found: dict[float, tuple[list[float], list[bool]]] = {bar: ([], []) for bar in bars}
     for case in cases:
         for image, mask in _parts(image_tensor(case["image"]), read_mask(case["label"], classes)):

@@ -166,7 +166,9 @@ def cold(model: str, files: list[str]) -> dict[str, float]:
     network.to(device).eval()
     loaded = time.perf_counter()
     image = torch.from_numpy(phantom(0, (480, 640))[0]).permute(2, 0, 1)[None] / 255
-    inferer = ImageInferer(parser.get_parsed_content("image_size"), "float32", flips=True)
+    inferer = ImageInferer(
+        parser.get_parsed_content("image_size"), "float32", flips=True, scales=parser.get_parsed_content("scales")
+    )
     with torch.inference_mode():
         inferer(image.to(device), network).argmax(1).to(torch.uint8).cpu()
     return {"import": imported - begin, "load": loaded - imported, "mask": time.perf_counter() - loaded}

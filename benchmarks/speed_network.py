@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import load_network, markdown_table
+from common import load_network, markdown_table, mirror_inferer
 from fresh import ask
 from parts import Case, Part, Row, Settings, encoder_flops, failed, footer, load, shipped, shipped_files
 from PIL import Image
@@ -128,11 +128,10 @@ def warm(settings: Settings) -> list[Row]:
     network, size, _ = load_network(model, shipped_files(settings))
     image = torch.from_numpy(phantom(0, PICTURE)[0]).permute(2, 0, 1)[None].contiguous() / 255
     runs = {}
-    for label, flips in (("one pass", False), ("four mirror images", True)):
-        for precision in settings.network_precisions():
-            runs[f"{label}, {precision}"] = partial(
-                to_mask, ImageInferer(size, precision, flips=flips), network, image, settings.device
-            )
+    for precision in settings.network_precisions():
+        mirrors = mirror_inferer(shipped_files(settings), precision)
+        for label, inferer in (("one pass", ImageInferer(size, precision)), ("four mirror images", mirrors)):
+            runs[f"{label}, {precision}"] = partial(to_mask, inferer, network, image, settings.device)
     absent: list[Row] = []
     if settings.compile:
         fast = torch.compile(network, mode="reduce-overhead", dynamic=False)

@@ -14,7 +14,9 @@ from hspsam_monai.errors import ConfigError, WeightsError
 
 #: Beside a run's ``model.pt``: labels, image size and network.
 OVERLAY = "network.json"
-NETWORK_KEYS = ("labels", "num_classes", "image_size", "min_confidence", "network_def")
+NETWORK_KEYS = ("labels", "num_classes", "image_size", "min_confidence", "scales", "network_def")
+#: What runs did before these entries existed: nothing was dropped, all mirror images had the network's size.
+_BEFORE = {"min_confidence": 0.0, "scales": [1]}
 #: The one expression that an overlay of ours holds.
 _HARMLESS = {"$len(@labels)"}
 
@@ -53,7 +55,7 @@ def find_model(source: str | Path | None, supports: bool = False) -> Model:
     path = model_path(source, supports)
     overlay = path.parent / OVERLAY
     network = read_overlay(overlay) if overlay.is_file() else _shipped_network(supports)
-    model = Model(path.resolve(), {"min_confidence": 0.0} | network)  # runs before this entry dropped nothing
+    model = Model(path.resolve(), _BEFORE | network)
     if supports and not takes_supports(model.network):
         name = str(model.network["network_def"]["_target_"]).rpartition(".")[2]
         raise ConfigError(

@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 PACKAGES = ("torch", "torchvision", "monai", "numpy", "segment-anything", "kornia", "pytorch-ignite", "pillow")
 #: What an inference needs to know of a training: an overlay for inference.json and evaluate.json.
-NETWORK_KEYS = ("labels", "num_classes", "image_size", "min_confidence", "network_def")
+NETWORK_KEYS = ("labels", "num_classes", "image_size", "min_confidence", "scales", "network_def")
 
 
 def environment() -> dict[str, Any]:

@@ -33,6 +33,18 @@ def test_bars_are_measured_on_images_and_their_empty_parts(phantoms, tmp_path, c
         main([*words[:3], "shipped"])
 
 
+def test_mirror_images_are_measured_beside_one_pass(phantoms, tmp_path, capsys):
+    from mirror_scales import MIRRORS, ONE, SCALED, main
+
+    words = ["--data", str(phantoms), "--measure", "shipped:kvasir:all", "--every", "4", "--scales", "1"]
+    main([*words, "--output", str(tmp_path)])
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| shipped, 320 px |")]
+    cells = [[cell.strip() for cell in line.split("|")] for line in lines]
+    assert [row[3] for row in cells] == [ONE, MIRRORS, SCALED]
+    assert cells[1][4] == cells[2][4] and cells[2][6].startswith("+0.0000 [")  # at scale 1 both are the same
+    assert cells[0][4] != cells[1][4]
+
+
 def test_true_boxes_are_first_and_last_pixel_and_specks_have_none():
     from box_prompt import true_boxes
 

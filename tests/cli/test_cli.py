@@ -194,13 +194,15 @@ class TestModels:
         with pytest.raises(ConfigError):
             read_overlay(overlay)
 
-    def test_runs_of_before_min_confidence_drop_nothing(self, run: Path, tmp_path: Path):
+    def test_runs_of_before_an_entry_existed_keep_their_masks(self, run: Path, tmp_path: Path):
         config = json.loads((run / "network.json").read_text())
-        assert find_model(run).network["min_confidence"] == config.pop("min_confidence")
+        for entry in ("min_confidence", "scales"):
+            assert find_model(run).network[entry] == config.pop(entry)
         (tmp_path / "network.json").write_text(json.dumps(config))
         (tmp_path / "model.pt").write_bytes(b"")
-        assert find_model(tmp_path).network["min_confidence"] == 0
-        assert find_model(None).network["min_confidence"] == 0.6  # the shipped polyp model
+        before, shipped = find_model(tmp_path).network, find_model(None).network
+        assert (before["min_confidence"], before["scales"]) == (0, [1])
+        assert (shipped["min_confidence"], len(shipped["scales"])) == (0.6, 4)
 
 
 class TestCheck:

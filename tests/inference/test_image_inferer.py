@@ -97,6 +97,25 @@ def test_flips_are_the_mean_probability_of_four_mirror_images(probe):
 
 
 @torch.no_grad()
+def test_each_mirror_image_may_have_its_own_size(probe):
+    image = torch.rand(2, 3, 50, 70)
+    found = ImageInferer(64, "float32", flips=True, scales=(1, 1.4, 0.5))(image, probe)
+    assert [tuple(shape[-2:]) for shape, *_ in probe.seen] == [(64, 64), (96, 96), (32, 32), (64, 64)]
+    total = 0
+    for dims, side in (([], 64), ([3], 96), ([2], 32), ([2, 3], 64)):
+        probability = probe(fit_image(image, side).flip(dims)).softmax(1).flip(dims)
+        total = total + F.interpolate(probability, (96, 96), mode="bilinear")
+    expected = F.interpolate((total / 4).log(), (50, 70), mode="bilinear")
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize(("size", "scales"), [(64, ()), (64, (1, 0)), (64, (1,) * 5), (None, (1, 1.2))])
+def test_scales_that_make_no_sense_are_refused(size, scales):
+    with pytest.raises(ConfigError, match="scales is"):
+        ImageInferer(size, flips=True, scales=scales)
+
+
+@torch.no_grad()
 def test_flips_of_certain_networks_stay_finite(probe):
     probe.layer.bias.copy_(torch.tensor([200.0, -200.0]))
     assert ImageInferer(64, "float32", flips=True)(torch.rand(1, 3, 64, 64), probe).isfinite().all()
