@@ -75,7 +75,7 @@ class DropDoubtfuld(MapTransform):
         ConfigError: ``min_confidence`` is outside [0, 1).
     """
 
-    def __init__(self, keys: KeysCollection, min_confidence: float = 0.6, allow_missing_keys: bool = False) -> None:
+    def __init__(self, keys: KeysCollection, min_confidence: float = 0.65, allow_missing_keys: bool = False) -> None:
         super().__init__(keys, allow_missing_keys)
         if not 0 <= min_confidence < 1:
             raise ConfigError(f"min_confidence is {min_confidence!r}; expected a number from 0 (keep all) to below 1.")

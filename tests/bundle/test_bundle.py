@@ -284,7 +284,7 @@ def test_evaluation_reads_the_images_themselves_whatever_the_training_validated_
 
 def test_doubtful_components_are_dropped_by_evaluate_and_inference(bundle, phantoms, trained, tmp_path):
     overlay, model = str(trained / "network.json"), str(trained / "model.pt")
-    assert json.loads(Path(overlay).read_text())["min_confidence"] == 0.6  # the polyp task's
+    assert json.loads(Path(overlay).read_text())["min_confidence"] == 0.65  # the polyp task's
     files = {
         "train": [*configs(bundle, "train", "task/polyp"), overlay, *configs(bundle, "evaluate")],
         "infer": [*configs(bundle, "inference"), overlay],

@@ -202,7 +202,7 @@ class TestModels:
         (tmp_path / "model.pt").write_bytes(b"")
         before, shipped = find_model(tmp_path).network, find_model(None).network
         assert (before["min_confidence"], before["scales"]) == (0, [1])
-        assert (shipped["min_confidence"], len(shipped["scales"])) == (0.6, 4)
+        assert (shipped["min_confidence"], len(shipped["scales"])) == (0.65, 4)
 
 
 class TestCheck:
