@@ -67,7 +67,8 @@ def main(argv: list[str] | None = None) -> None:
         f"left-right, upside down and both at {', '.join(f'{scale:g}' for scale in args.scales)} times the network's, "
         "brought to multiples of 32."
     )
-    publish(SECTION, f"{markdown_table(head, rows)}\n{text}\n\n{machine_line()}", args, partial=args.every > 1 or args.start > 0)
+    partial = args.every > 1 or args.start > 0
+    publish(SECTION, f"{markdown_table(head, rows)}\n{text}\n\n{machine_line()}", args, partial=partial)
 
 
 @torch.inference_mode()
