@@ -224,7 +224,9 @@ def load_run(folder: str | Path) -> tuple[nn.Module, int, int]:
 
 
 def measure_argument(parser: argparse.ArgumentParser) -> None:
-    """Add ``--measure``, read by :func:`parse_measure`."""
+    """Add ``--measure``, read by :func:`parse_measure`, of data sets in the whole of the shared folder's data."""
+    shared = shared_folder()
+    parser.set_defaults(data=shared and shared / "data")
     parser.add_argument(
         "--measure", nargs="+", default=["shipped:polyp:val"], metavar="MODEL:SET:SPLIT",
         help="shipped or the folder of a run; a data set below --data; its split, or all",

@@ -25,7 +25,6 @@ from common import (
     mirror_inferer,
     parse_measure,
     publish,
-    shared_folder,
     start_logging,
 )
 
@@ -43,8 +42,6 @@ LEAST_SIDE = 0.3
 def main(argv: list[str] | None = None) -> None:
     """Measure and print the table."""
     parser = argument_parser("doubtful", __doc__)
-    shared = shared_folder()
-    parser.set_defaults(data=shared and shared / "data")
     measure_argument(parser)
     parser.add_argument("--bars", nargs="+", type=float, default=list(BARS), help="min_confidence")
     parser.add_argument("--limit", type=int, help="only the first cases of each source")

@@ -22,7 +22,6 @@ from common import (
     paired_bootstrap,
     parse_measure,
     publish,
-    shared_folder,
     start_logging,
 )
 from torch import nn
@@ -39,8 +38,6 @@ ONE, MIRRORS, SCALED = "one pass", "mirror images, one size", "mirror images, ow
 def main(argv: list[str] | None = None) -> None:
     """Measure and print the table."""
     parser = argument_parser("mirror_scales", __doc__)
-    shared = shared_folder()
-    parser.set_defaults(data=shared and shared / "data")
     measure_argument(parser)
     parser.add_argument("--scales", nargs="+", type=float, default=list(SCALES))
     parser.add_argument("--every", type=int, default=1, help="only every so many cases of each source")
