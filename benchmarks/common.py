@@ -8,7 +8,7 @@ import logging
 import os
 import platform
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -224,13 +224,35 @@ def load_run(folder: str | Path) -> tuple[nn.Module, int, int]:
 
 
 def measure_argument(parser: argparse.ArgumentParser) -> None:
-    """Add ``--measure``, read by :func:`parse_measure`, of data sets in the whole of the shared folder's data."""
+    """Add ``--measure``, walked by :func:`measured`, of data sets in the whole of the shared folder's data."""
     shared = shared_folder()
     parser.set_defaults(data=shared and shared / "data")
     parser.add_argument(
         "--measure", nargs="+", default=["shipped:polyp:val"], metavar="MODEL:SET:SPLIT",
         help="shipped or the folder of a run; a data set below --data; its split, or all",
     )  # fmt: skip
+
+
+class Measured(NamedTuple):
+    """A model and the cases of one source that it is to be measured on."""
+
+    model: str
+    label: str
+    network: nn.Module
+    files: list[Path]
+    size: int
+    classes: int
+    cases: list[Mapping[str, Any]]
+
+
+def measured(args: argparse.Namespace) -> Iterator[Measured]:
+    """Walk ``--measure``, source by source; each model is loaded when its turn comes."""
+    for text in args.measure:
+        model, name, split = parse_measure(text)
+        loaded = load_model(model)
+        for source, cases in by_source(cases_of(args.data / name, split)).items():
+            label = name if source == "val" else f"{name}/{source}"
+            yield Measured(Path(model).name, f"{label} {split}", *loaded, cases)
 
 
 def parse_measure(text: str) -> tuple[str, str, str]:

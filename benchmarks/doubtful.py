@@ -7,7 +7,6 @@ hand: the largest band beside the object's bounding box. Every bar is applied to
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,15 +14,12 @@ import torch
 from common import (
     MISSED,
     argument_parser,
-    by_source,
-    cases_of,
     image_tensor,
-    load_model,
     machine_line,
     markdown_table,
     measure_argument,
+    measured,
     mirror_inferer,
-    parse_measure,
     publish,
     start_logging,
 )
@@ -48,14 +44,9 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     start_logging()
     rows = []
-    for text in args.measure:
-        model, name, split = parse_measure(text)
-        network, files, _, classes = load_model(model)
-        inferer = mirror_inferer(files)
-        for source, cases in by_source(cases_of(args.data / name, split)).items():
-            label = name if source == "val" else f"{name}/{source}"
-            found = _score(network, inferer, classes, cases[: args.limit], args.bars)
-            rows += _rows(Path(model).name, f"{label} {split}", found)
+    for one in measured(args):
+        found = _score(one.network, mirror_inferer(one.files), one.classes, one.cases[: args.limit], args.bars)
+        rows += _rows(one.model, one.label, found)
     head = ["model", "images", "min_confidence", "Dice of images with an object", f"missed (Dice < {MISSED})"]
     head += ["empty parts left empty"]
     text = (

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,15 +11,12 @@ from common import (
     MISSED,
     PRECISION,
     argument_parser,
-    by_source,
-    cases_of,
     image_tensor,
-    load_model,
     machine_line,
     markdown_table,
     measure_argument,
+    measured,
     paired_bootstrap,
-    parse_measure,
     publish,
     start_logging,
 )
@@ -45,18 +41,14 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     start_logging()
     rows = []
-    for text in args.measure:
-        model, name, split = parse_measure(text)
-        network, _, size, classes = load_model(model)
+    for one in measured(args):
         inferers = {
-            ONE: ImageInferer(size, PRECISION),
-            MIRRORS: ImageInferer(size, PRECISION, flips=True),
-            SCALED: ImageInferer(size, PRECISION, flips=True, scales=args.scales),
+            ONE: ImageInferer(one.size, PRECISION),
+            MIRRORS: ImageInferer(one.size, PRECISION, flips=True),
+            SCALED: ImageInferer(one.size, PRECISION, flips=True, scales=args.scales),
         }
-        for source, cases in by_source(cases_of(args.data / name, split)).items():
-            label = name if source == "val" else f"{name}/{source}"
-            found = _score(network, inferers, classes, cases[args.start :: args.every])
-            rows += _rows(f"{Path(model).name}, {size} px", f"{label} {split}", found)
+        found = _score(one.network, inferers, one.classes, one.cases[args.start :: args.every])
+        rows += _rows(f"{one.model}, {one.size} px", one.label, found)
     head = ["model", "images", "inference", "Dice", f"missed (Dice < {MISSED})"]
     head += ["minus mirror images of one size [95 % CI over images]"]
     text = (

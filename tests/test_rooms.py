@@ -16,6 +16,7 @@ PACKAGE = Path(hspsam_monai.__file__).parent
 ORDER = (
     {"errors"},
     {"files"},
+    {"network_file"},
     {"workflow"},
     {"bundle_path"},
     {"data"},

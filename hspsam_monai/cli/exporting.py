@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from hspsam_monai.cli.models import NETWORK_KEYS, find_model
+from hspsam_monai.cli.models import find_model
 from hspsam_monai.cli.options import config_path
 from hspsam_monai.errors import ConfigError
+from hspsam_monai.network_file import NETWORK_KEYS
 
 
 def export(model: str | Path, target: str | Path) -> tuple[float, int]:

@@ -11,10 +11,8 @@ from typing import Any
 from hspsam_monai.bundle_path import bundle_root
 from hspsam_monai.cli.options import config_path, texts_in
 from hspsam_monai.errors import ConfigError, WeightsError
+from hspsam_monai.network_file import NETWORK_KEYS, OVERLAY
 
-#: Beside a run's ``model.pt``: labels, image size and network.
-OVERLAY = "network.json"
-NETWORK_KEYS = ("labels", "num_classes", "image_size", "min_confidence", "scales", "network_def")
 #: What runs did before these entries existed: nothing was dropped, all mirror images had the network's size.
 _BEFORE = {"min_confidence": 0.0, "scales": [1]}
 #: The one expression that an overlay of ours holds.

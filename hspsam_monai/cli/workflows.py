@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from hspsam_monai.cli.console import progress, tell
-from hspsam_monai.cli.models import OVERLAY, Model, find_model, shipped_model, takes_supports
+from hspsam_monai.cli.models import Model, find_model, shipped_model, takes_supports
 from hspsam_monai.cli.options import check_overrides, config_path, device_setting, overlay_path
 from hspsam_monai.errors import ConfigError, DataError, TrainingError, WeightsError
 from hspsam_monai.files import atomic_write
+from hspsam_monai.network_file import OVERLAY
 
 logger = logging.getLogger(__name__)
 

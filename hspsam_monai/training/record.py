@@ -14,13 +14,12 @@ import torch
 
 import hspsam_monai
 from hspsam_monai.files import atomic_write
+from hspsam_monai.network_file import NETWORK_KEYS, OVERLAY
 from hspsam_monai.workflow import running_workflow
 
 logger = logging.getLogger(__name__)
 
 PACKAGES = ("torch", "torchvision", "monai", "numpy", "segment-anything", "kornia", "pytorch-ignite", "pillow")
-#: What an inference needs to know of a training: an overlay for inference.json and evaluate.json.
-NETWORK_KEYS = ("labels", "num_classes", "image_size", "min_confidence", "scales", "network_def")
 
 
 def environment() -> dict[str, Any]:
@@ -58,7 +57,7 @@ def write_record(folder: str | Path, cases: Mapping[str, Sequence[Mapping[str, A
     if workflow is not None:
         config = dict(workflow.parser.config)
         files["config.json"] = config
-        files["network.json"] = {key: config[key] for key in NETWORK_KEYS if key in config}
+        files[OVERLAY] = {key: config[key] for key in NETWORK_KEYS if key in config}
     if cases is not None:
         files["splits.json"] = {name: [case["case"] for case in items] for name, items in cases.items()}
     for name, content in files.items():
