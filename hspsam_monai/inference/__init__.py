@@ -1,4 +1,4 @@
-"""Inferers: an image or a volume of any size in, logits at its size out; export and TensorRT."""
+"""Inferers: an image of any size in, logits at its size out; export and TensorRT."""
 
 from hspsam_monai.inference.closeness import Closeness
 from hspsam_monai.inference.export import export_onnx

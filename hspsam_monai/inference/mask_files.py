@@ -12,6 +12,7 @@ from PIL import Image
 
 from hspsam_monai.errors import DataError
 from hspsam_monai.files import atomic_write
+from hspsam_monai.transforms.resize import plain
 
 # Chosen once by farthest-point search in CIELAB: each next colour maximises its smallest distance to all
 # before it, to black, to white and to TRUTH_COLOUR, as seen with normal vision and with each of the three
@@ -31,6 +32,9 @@ PALETTE: np.ndarray = np.array(
     [(0, 0, 0), *(tuple(bytes.fromhex(colour)) for colour in _CLASS_COLOURS.split())], dtype=np.uint8
 )
 PALETTE.setflags(write=False)
+
+#: Folders of images inside a data set; predictions have no siblings to be told from.
+_IMAGE_FOLDERS = ("images", "imagesTr", "imagesTs")
 
 
 def write_mask_png(path: str | Path, mask: np.ndarray, palette: np.ndarray = PALETTE) -> Path:
@@ -69,12 +73,16 @@ def palette_table(palette: np.ndarray) -> np.ndarray:
 class SaveMaskd(SaveImaged):
     """Write each predicted mask as ``OUTPUT/[sub-folders/]STEM.png``, sub-folders as in the input.
 
+    Folders that only say what their siblings are not (``images``, a Decathlon's ``imagesTr`` and ``imagesTs``) are left
+    out. Where ``case`` is the whole name of the file, since others share its stem, the mask is ``NAME.png``
+    (``a.jpg.png``).
+
     A ``SaveImaged``, so that MONAI Label, which saves by itself, recognises and removes it.
 
     Args:
         output_dir: where the masks go.
         root: folder of the inputs; their sub-folders below it are kept. A file's own folder stands for itself.
-        key: key of the prediction, class indices (1, H, W).
+        key: key of the prediction, class indices (1, H, W), on any device.
         image_key: key of the image whose meta data name the source file.
     """
 
@@ -85,19 +93,19 @@ class SaveMaskd(SaveImaged):
         self.root = (root if root.is_dir() else root.parent).resolve()
         self.image_key = image_key
 
-    def target(self, source: str | Path) -> Path:
-        """Where the mask of ``source`` goes."""
+    def target(self, source: str | Path, case: str = "") -> Path:
+        """Where the mask of ``source`` goes, the picture of the case of that name."""
         source = Path(source).resolve()
         relative = source.relative_to(self.root) if source.is_relative_to(self.root) else Path(source.name)
-        # images/ only says what its siblings are not; predictions have no siblings.
-        parts = [part for part in relative.parent.parts if part != "images"]
-        return self.output_dir.joinpath(*parts, source.stem + ".png")
+        parts = [part for part in relative.parent.parts if part not in _IMAGE_FOLDERS]
+        name = source.name if case == source.name else source.stem
+        return self.output_dir.joinpath(*parts, name + ".png")
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Write one case and pass it on, with ``saved_to`` added."""
         data = dict(data)
-        mask = np.asarray(data[self.keys[0]])[0]
-        path = self.target(data[self.image_key].meta["filename_or_obj"])
+        mask = plain(data[self.keys[0]]).detach().cpu().numpy()[0]  # the engine leaves it where the network ran
+        path = self.target(data[self.image_key].meta["filename_or_obj"], str(data.get("case", "")))
         path.parent.mkdir(parents=True, exist_ok=True)
         data["saved_to"] = str(write_mask_png(path, mask.astype(np.uint8)))
         return data

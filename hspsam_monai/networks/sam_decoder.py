@@ -61,6 +61,10 @@ class Prompts(NamedTuple):
             raise ConfigError("Points need labels (1 on the object, 0 off it), and labels need points.")
         return shapes.pop() if shapes else None
 
+    def to(self, device: torch.device | str) -> Prompts:
+        """The same on another device."""
+        return Prompts(*(None if part is None else part.to(device) for part in self))
+
     def present(self) -> Tensor:
         """(B, N) bool: which objects have any prompt at all; some part must be given."""
         found = []

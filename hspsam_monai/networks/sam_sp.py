@@ -3,8 +3,9 @@
     E = encoder(x);  y0 = decoder(E, nothing);  prompt = box of y0;  y1 = decoder(E, prompt)
 
 The paper's figure shows one such step; ``steps`` makes it any number S. Where the paper is silent, the choices are
-ours: the decoder's weights are shared by all passes, no gradient flows through a prompt, an empty prediction gives no
-prompt, and several classes are several objects with one learned token each.
+ours: the decoder's weights are shared by all passes, the encoder's neck is trained beside LoRA, no gradient flows
+through a prompt, an empty prediction gives no prompt, and several classes are several objects with one learned token
+each.
 """
 
 from __future__ import annotations
@@ -44,8 +45,9 @@ class SAMSP(nn.Module):
         prompt: what a prediction becomes: any of ``box`` (paper), ``mask``, ``points``.
         points: points an object for the prompt ``points``.
         box_jitter: in training, each side of a box moves by up to so many pixels of the input.
-        adapt: what of the encoder is trained: ``lora`` (paper), ``full``, ``frozen`` (nothing, not even its neck).
-            Prompt encoder and mask decoder are always trained.
+        adapt: what of the encoder is trained: ``lora`` (paper; SAM's own neck is trained with it, which is ours, since
+            the decoder that reads it is trained too), ``full``, ``frozen`` (nothing, not even its neck). Prompt encoder
+            and mask decoder are always trained.
         lora_rank: rank of the updates.
         dropout: probability of dropping channels of the embedding, in train mode only.
         checkpointing: recompute the blocks of SAM's ViT in the backward pass, to save memory.
@@ -130,6 +132,7 @@ class SAMSP(nn.Module):
                 own = own._replace(boxes=own.boxes + noise)
             masks.append(self._decode(embedding, own))
         if prompts is not None and prompts.shape() is not None:
+            prompts = prompts.to(embedding.device)  # a person's marks are made where the mouse is
             # SAM's way of refining: the mask so far goes in with the new click.
             found = (masks[-1] > 0).flatten(2).any(-1)
             given = prompts if prompts.masks is not None else prompts._replace(masks=masks[-1].detach(), has_mask=found)

@@ -1,0 +1,53 @@
+"""Where predicted masks go, and from which device."""
+
+import numpy as np
+import torch
+from monai.data import MetaTensor
+
+from hspsam_monai.data import read_mask
+from hspsam_monai.inference import SaveMaskd
+
+
+class Elsewhere(torch.Tensor):
+    """Values as on a device that is not the CPU: NumPy cannot read them before ``cpu()``."""
+
+    def cpu(self):
+        return self.as_subclass(torch.Tensor)
+
+    def __array__(self, *args, **options):
+        raise TypeError("can't convert device type tensor to numpy")
+
+    def numpy(self, **options):
+        raise TypeError("can't convert device type tensor to numpy")
+
+
+def item(source, case, mask):
+    image = MetaTensor(torch.zeros(3, 2, 3), meta={"filename_or_obj": str(source)})
+    return {"pred": mask, "image": image, "case": case}
+
+
+def test_a_mask_on_another_device_is_written(tmp_path):
+    (tmp_path / "in").mkdir()
+    mask = torch.tensor([[[0, 1, 1], [2, 0, 1]]], dtype=torch.float32)
+    given = item(tmp_path / "in" / "a.png", "a", mask.as_subclass(Elsewhere))
+    saved = SaveMaskd(tmp_path / "out", tmp_path / "in")(given)["saved_to"]
+    assert np.array_equal(read_mask(saved, 3), mask[0].numpy())
+
+
+def test_twins_do_not_overwrite_each_other(tmp_path):
+    (tmp_path / "in").mkdir()
+    save = SaveMaskd(tmp_path / "out", tmp_path / "in")
+    for number, name in enumerate(("a.png", "a.jpg")):
+        save(item(tmp_path / "in" / name, name, torch.full((1, 2, 3), float(number))))
+    assert [read_mask(tmp_path / "out" / f"a.{suffix}.png", 2).max() for suffix in ("png", "jpg")] == [0, 1]
+
+
+def test_folders_of_images_leave_no_trace(tmp_path):
+    (tmp_path / "in").mkdir()
+    save = SaveMaskd("out", tmp_path / "in")
+    found = {
+        name: save.target(tmp_path / "in" / name).as_posix()
+        for name in ("images/a.png", "x/images/a.JPG", "imagesTr/c.png", "imagesTs/t.png", "z/b.tif")
+    }
+    assert list(found.values()) == ["out/a.png", "out/x/a.png", "out/c.png", "out/t.png", "out/z/b.png"]
+    assert save.target("/elsewhere/images/a.png").as_posix() == "out/a.png"
