@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +48,9 @@ def find_cases(
         - A Decathlon ``dataset.json`` or its folder, of pictures or NIfTI volumes.
         - With ``labels=False`` also a flat folder of pictures or volumes, or one file.
 
-    Without given splits, ``"train"`` and ``"val"`` are drawn with `seed`; byte-identical images stay on one
-    side, which costs one read of every image. The draw depends on names and bytes, not on the folder's place.
+    Without given splits, ``"train"`` and ``"val"`` are drawn with `seed`, in each folder of a union its own share;
+    byte-identical images stay on one side, also those of different folders, which costs one read of every image. The
+    draw depends on names and bytes, not on the folder's place.
 
     Args:
         root: folder or file.
@@ -78,7 +80,7 @@ def find_cases(
     elif is_folder_set(root) or (not labels and (root / "images").is_dir()):
         cases = _folder_cases(scan(root), split, labels, draw)
     elif root.is_dir() and (subs := sub_sets(root)):
-        cases = [case for sub in subs for case in _folder_cases(scan(sub, f"{sub.name}/"), split, labels, draw)]
+        cases = _union_cases([scan(sub, f"{sub.name}/") for sub in subs], split, labels, draw)
     elif labels:
         raise _no_layout(root)
     else:
@@ -114,6 +116,28 @@ def _folder_cases(folder: Folder, split: str, labels: bool, draw: tuple[float, i
                 "the same name in masks/ for each. Add an all-zero mask where nothing is to be found."
             )
     return [_case(folder.prefix + n, folder.images[n], folder.masks.get(n) if labels else None) for n in names]
+
+
+def _union_cases(folders: list[Folder], split: str, labels: bool, draw: tuple[float, int]) -> list[Case]:
+    """The cases of several folders; those without splits are drawn together, so that no image is on both sides."""
+    drawn = [folder for folder in folders if folder.splits is None and folder.images]
+    if drawn and split in {"train", "val"}:
+        known: dict[str, str] = {}
+        for folder in folders:
+            listed = {name for names in (folder.splits or {}).values() for name in names} & set(folder.images)
+            known |= sides_of({name: content_hash(folder.images[name]) for name in listed}, folder.splits or {})
+        sets = [{name: content_hash(path) for name, path in folder.images.items()} for folder in drawn]
+        for folder, sides in zip(drawn, draw_sides(sets, *draw, known), strict=True):
+            folder.splits = {part: [name for name in sides if sides[name] == part] for part in ("train", "val")}
+        # A small folder may have nothing on one side: the union's counts.
+        some_side = [folder for folder in folders if folder not in drawn or folder.splits[split]]
+        if not some_side:
+            raise DataError(
+                f"{folders[0].root.parent}: found too few different images to draw a split {split!r}; expected at "
+                "least two. Add cases or use split 'all'."
+            )
+        folders = some_side
+    return [case for folder in folders for case in _folder_cases(folder, split, labels, draw)]
 
 
 def _decathlon_cases(data: Decathlon, split: str, labels: bool, draw: tuple[float, int]) -> list[Case]:
@@ -248,19 +272,50 @@ def draw_split(images: dict[str, Path], val_fraction: float, seed: int) -> tuple
     Returns:
         The sorted case names of train and of val.
     """
-    groups: dict[str, list[str]] = {}
-    for name in sorted(images):
-        groups.setdefault(content_hash(images[name]), []).append(name)
-    order = np.random.default_rng(seed).permutation(len(groups))
-    in_order = [list(groups.values())[index] for index in order]
-    wanted = max(1, round(val_fraction * len(images)))
-    val: list[str] = []
-    for group in in_order[1:]:  # the first group always trains
-        if len(val) + len(group) <= wanted or not val:
-            val += group
-        if len(val) >= wanted:
-            break
-    return sorted(set(images) - set(val)), sorted(val)
+    (sides,) = draw_sides([{name: content_hash(images[name]) for name in sorted(images)}], val_fraction, seed)
+    return tuple(sorted(name for name in images if sides[name] == part) for part in ("train", "val"))
+
+
+def draw_sides(
+    sets: Sequence[Mapping[str, str]], val_fraction: float, seed: int, known: Mapping[str, str] | None = None
+) -> list[dict[str, str]]:
+    """Draw ``train`` or ``val`` for the cases of several sets, one side for the same bytes wherever they are.
+
+    Args:
+        sets: for each set case name -> hash of its image.
+        val_fraction: wanted share of val in each set; at least one case goes there when it has two different images
+            that no other set has placed.
+        seed: of the draw.
+        known: hash -> side where that is given already.
+
+    Returns:
+        For each set case name -> side.
+    """
+    placed = dict(known or {})
+    for digests in sets:
+        groups: dict[str, list[str]] = {}
+        for name in sorted(digests):
+            if digests[name] not in placed:
+                groups.setdefault(digests[name], []).append(name)
+        order = np.random.default_rng(seed).permutation(len(groups))
+        in_order = [list(groups)[index] for index in order]
+        wanted = max(1, round(val_fraction * sum(map(len, groups.values()))))
+        chosen: set[str] = set()
+        count = 0
+        for digest in in_order[1:]:  # the first group always trains
+            if count + len(groups[digest]) <= wanted or not count:
+                chosen.add(digest)
+                count += len(groups[digest])
+            if count >= wanted:
+                break
+        placed |= {digest: "val" if digest in chosen else "train" for digest in groups}
+    return [{name: placed[digest] for name, digest in digests.items()} for digests in sets]
+
+
+def sides_of(digests: Mapping[str, str], splits: Mapping[str, Iterable[str]]) -> dict[str, str]:
+    """Hash -> ``train`` or ``val``, of cases whose splits are given; what is in any other split must not be trained."""
+    train = {digests[name] for name in splits.get("train", ()) if name in digests}
+    return {digest: "train" if digest in train else "val" for digest in digests.values()}
 
 
 def content_hash(path: Path) -> str:

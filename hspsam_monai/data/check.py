@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from hspsam_monai.data.cases import content_hash, draw_split
+from hspsam_monai.data.cases import content_hash, draw_sides, sides_of
 from hspsam_monai.data.decode import FileFault
 from hspsam_monai.data.images import read_image, read_mask, size_text
 from hspsam_monai.data.layouts import (
@@ -102,6 +102,7 @@ class _Job:
     image: Path
     masks: list[Path]
     split: str | None = None  # None: no splits are given
+    prefix: str = ""  # of its folder in a union: each has its own splits or draw
     digest: str = ""
     bits: np.ndarray | None = None
     classes: set[int] = field(default_factory=set)
@@ -184,7 +185,8 @@ def _folder_jobs(check: _Check, folder: Folder) -> list[_Job]:
                 image,
                 "found no mask; expected masks/ to have one of this name. Add it (zero if empty).",
             )
-        jobs.append(_Job(folder.prefix + stem, image, masks, None if side is None else side.get(stem, "")))
+        split = None if side is None else side.get(stem, "")
+        jobs.append(_Job(folder.prefix + stem, image, masks, split, folder.prefix))
     return jobs
 
 
@@ -202,7 +204,8 @@ def _decathlon_jobs(check: _Check, data: Decathlon) -> list[_Job]:
         masks = [] if label is None else label if isinstance(label, list) else [label]
         if not masks and name not in tests:
             check.fault("missing_mask", item["image"], "found no label in the list; expected one. Add it.")
-        jobs.append(_Job(name, item["image"], masks, None if side is None else side.get(name, "")))
+        without = "test" if name in tests else None  # no split is drawn for what is only to be tested
+        jobs.append(_Job(name, item["image"], masks, without if side is None else side.get(name, "")))
     return jobs
 
 
@@ -301,11 +304,8 @@ def _picture_hash(image: np.ndarray) -> np.ndarray:
 def _check_set(check: _Check, jobs: list[_Job]) -> None:
     """Faults that show only in the whole set."""
     readable = [job for job in jobs if job.digest]
-    given = any(job.split is not None for job in jobs)
-    if not given and readable:
-        _, val = draw_split({job.case: job.image for job in readable}, val_fraction=0.2, seed=0)
-        for job in readable:
-            job.split = "val" if job.case in set(val) else "train"
+    given = any(job.split not in {None, "test"} for job in jobs)
+    _draw(readable)
     _check_duplicates(check, readable)
     _check_near(check, readable)
     pictures = [job for job in jobs if job.classes]
@@ -320,6 +320,21 @@ def _check_set(check: _Check, jobs: list[_Job]) -> None:
                 f"found in none of {len(training)} {'train ' if given else ''}masks; expected it in some. "
                 "Check the labels and the number of classes.",
             )
+
+
+def _draw(jobs: list[_Job]) -> None:
+    """Give cases without a split the side that ``find_cases`` would draw."""
+    splits: dict[str, list[str]] = {}
+    sets: dict[str, dict[str, str]] = {}
+    for job in jobs:
+        if job.split is None:
+            sets.setdefault(job.prefix, {})[job.case] = job.digest
+        elif job.split:
+            splits.setdefault(job.split, []).append(job.case)
+    known = sides_of({job.case: job.digest for job in jobs if job.split}, splits)
+    sides = {case: side for own in draw_sides(list(sets.values()), 0.2, 0, known) for case, side in own.items()}
+    for job in jobs:
+        job.split = sides.get(job.case, job.split)
 
 
 def _check_duplicates(check: _Check, jobs: list[_Job]) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -153,6 +154,29 @@ class TestSplits:
             train = {int(name) // 3 for name in names(find_cases(tmp_path, "train", seed=seed))}
             assert val
             assert not val & train
+
+    def test_identical_images_of_several_folders_stay_on_one_side(self, tmp_path):
+        for folder, shift in (("a", 0), ("b", 5), ("c", 0)):  # b holds half of a's images and five more, c all of a's
+            for index in range(10):
+                picture(tmp_path / folder / "images" / f"{folder}{index}.png", index + shift)
+                picture(tmp_path / folder / "masks" / f"{folder}{index}.png")
+        (tmp_path / "c" / "splits.json").write_text(json.dumps({"train": ["c0", "c1"], "val": ["c2"], "test": ["c3"]}))
+        for seed in range(5):
+            cases = {split: find_cases(tmp_path, split, seed=seed) for split in ("train", "val")}
+            contents = {s: {Path(case["image"]).read_bytes() for case in own} for s, own in cases.items()}
+            assert not contents["train"] & contents["val"]
+            sides = {name: split for split, own in cases.items() for name in names(own)}
+            assert {sides[name] for name in ("a/a0", "a/a1")} == {"train"}
+            assert {sides[name] for name in ("a/a2", "a/a3")} == {"val"}  # what another folder tests is not trained
+            assert len(sides) == 23 and any(sides[f"b/b{index}"] == "val" for index in range(5, 10))
+
+    def test_a_small_folder_of_a_union_needs_no_validation_cases(self, tmp_path):
+        folder_set(tmp_path / "large", [f"{index:02d}" for index in range(10)])
+        folder_set(tmp_path / "small", ["a"])
+        for path in (tmp_path / "large" / "images").iterdir():
+            picture(path, int(path.stem) + 20)
+        assert {name.split("/")[0] for name in names(find_cases(tmp_path, "val"))} == {"large"}
+        assert "small/a" in names(find_cases(tmp_path, "train"))
 
     def test_one_image_cannot_be_split(self, tmp_path):
         folder_set(tmp_path, ["a"])

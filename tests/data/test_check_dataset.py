@@ -133,6 +133,19 @@ def test_classes(tmp_path):
         assert report.counts["empty_masks"] == 1
 
 
+def test_copies_in_folders_without_splits_are_drawn_to_one_side(tmp_path):
+    good_set(tmp_path / "u" / "one", splits=False)
+    good_set(tmp_path / "u" / "two")
+    for path in (tmp_path / "u" / "one" / "images").iterdir():
+        path.rename(path.with_name(f"other_{path.name}"))
+        mask = tmp_path / "u" / "one" / "masks" / path.name
+        mask.rename(mask.with_name(f"other_{path.name}"))
+    report = check_dataset(tmp_path / "u")
+    assert report.ok and [finding.kind for finding in report.warnings] == ["duplicate"] * 6
+    (tmp_path / "u" / "one" / "splits.json").write_text(json.dumps({"train": [f"other_c{i}" for i in range(6)]}))
+    assert kinds(check_dataset(tmp_path / "u").faults) == [("duplicate", f"two/images/c{i}.png") for i in (4, 5)]
+
+
 def test_union_and_nothing(tmp_path):
     good_set(tmp_path / "u" / "one")
     good_set(tmp_path / "u" / "two")
