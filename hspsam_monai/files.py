@@ -62,7 +62,8 @@ def _umask() -> int:
 
 def _sync(path: Path) -> None:
     try:
-        descriptor = os.open(path, os.O_RDONLY)
+        # Windows flushes only what is open for writing; folders open for nothing but reading anywhere.
+        descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     except OSError:
         if path.is_dir():  # Windows does not open folders; the file itself must be synced everywhere
             return

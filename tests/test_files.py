@@ -2,6 +2,7 @@
 
 import os
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -32,6 +33,23 @@ def test_writes_and_replaces(tmp_path):
             temporary.write_text(text)
         assert target.read_text() == text
     assert leftovers(tmp_path) == ["a.txt"]
+
+
+def test_files_are_flushed_through_a_handle_that_may_write(tmp_path, monkeypatch):
+    """Windows refuses to flush any other."""
+    seen = []
+    real = os.fsync
+
+    def flush(descriptor):
+        if stat.S_ISREG(os.fstat(descriptor).st_mode):
+            seen.append(fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE)
+        real(descriptor)
+
+    fcntl = pytest.importorskip("fcntl")
+    monkeypatch.setattr(os, "fsync", flush)
+    with atomic_write(tmp_path / "a.txt") as temporary:
+        temporary.write_text("done")
+    assert seen == [os.O_RDWR]
 
 
 @pytest.mark.parametrize("name", ["scan.nii.gz", "model.safetensors", "plain", ".hidden.json"])
