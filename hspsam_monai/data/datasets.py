@@ -52,12 +52,12 @@ class SeededDataset(Dataset):
         if hasattr(self.transform, "set_random_state"):
             sequence = np.random.SeedSequence((self.seed, self.epoch, index))
             self.transform.set_random_state(seed=int(sequence.generate_state(1)[0]))
-        with _one_thread():
+        with one_thread():
             return super()._transform(index % len(self.data))
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """Compute on one thread, as loader workers do: the last bits of a resized picture depend on the number."""
     threads = torch.get_num_threads()
     if threads == 1:

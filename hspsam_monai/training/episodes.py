@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from hspsam_monai.data import SeededDataset
 from hspsam_monai.data.cases import content_hash
+from hspsam_monai.data.datasets import one_thread
 from hspsam_monai.errors import ConfigError, DataError
 from hspsam_monai.networks.stored import encoded_of
 from hspsam_monai.training.feature_cache import FeatureDataset, stored_batch
@@ -124,7 +125,8 @@ class EpisodeDataset(SeededDataset):
         if hasattr(transform, "set_random_state"):
             transform.set_random_state(seed=int(rng.integers(2**32)))
         case = self.data[index]
-        return case if transform is None else apply_transform(transform, case)
+        with one_thread():
+            return case if transform is None else apply_transform(transform, case)
 
     def _different(self, order: list[int]) -> list[int]:
         """The first case of each content, in order."""

@@ -83,14 +83,15 @@ def phantoms(tmp_path_factory) -> Path:
 def train(bundle, phantoms, tmp_path):
     """``train(folder_name, **overrides)`` prepares a run; logging and seeds are put back afterwards.
 
-    ``overlay`` names one of ``configs/network``.
+    ``overlay`` names one of ``configs/network``, ``task`` one of ``configs/task``.
     """
     logger = logging.getLogger()
     level, handlers = logger.level, list(logger.handlers)
 
-    def prepare(name: str = "run", overlay: str | None = None, **overrides: object) -> Run:
+    def prepare(name: str = "run", overlay: str | None = None, task: str | None = None, **overrides: object) -> Run:
         config = [bundle / "configs" / "train.json"]
         config += [bundle / "configs" / "network" / f"{overlay}.json"] if overlay else []
+        config += [bundle / "configs" / "task" / f"{task}.json"] if task else []
         return Run(config, overrides.pop("data", phantoms), tmp_path / name, **overrides)
 
     yield prepare

@@ -43,6 +43,23 @@ def test_neither_the_target_nor_its_copies_support_it():
     assert not torch.equal(*item["support_images"])  # two supports are no copies of each other
 
 
+def test_supports_are_made_on_one_thread_like_targets():
+    """Else the last bits of an augmented picture would tell the number of loader workers."""
+    threads = []
+
+    def note(item):
+        threads.append(torch.get_num_threads())
+        return dict(item)
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        _ = EpisodeDataset(cases(), note, supports=(2, 2))[0]
+        assert threads == [1, 1, 1] and torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_the_same_file_twice_is_a_copy(tmp_path):
     data = []
     for index, content in enumerate(("one", "one", "two")):

@@ -45,6 +45,18 @@ def test_same_seed_same_run_and_another_seed_another(train):
     assert not set(other.losses) & set(first.losses)
 
 
+def test_a_few_masks_are_trained_on_from_weights_of_the_seed(train, bundle):
+    """The task asks for the network before the run starts; its first weights are of the seed nevertheless."""
+    few = {"task": "few_shot", "train_cases": 3, "draws": 2, "epochs": 1}
+    weights = []
+    for before, seed in ((1, 0), (2, 0), (2, 1)):
+        torch.manual_seed(before)
+        run = train(f"{before}-{seed}", seed=seed, **few)
+        run.workflow.initialize()
+        weights.append(run.get("network").state_dict())
+    assert same(weights[0], weights[1]) and not same(weights[1], weights[2])
+
+
 def test_interrupted_twice_and_resumed_equals_uninterrupted(train):
     """Three iterations an epoch: crashes inside epochs 2 and 3, while the average's momentum still falls."""
     straight = train("straight", epochs=3).start()
