@@ -39,9 +39,7 @@ NEEDED = {
 }
 #: Extra of pyproject.toml -> modules, and what is missing without them.
 EXTRAS = {
-    "dicom": (("pydicom", "SimpleITK"), "DICOM in and out"),
     "export": (("onnx", "onnxscript", "onnxruntime"), "export to ONNX"),
-    "scale": (("ray",), "many machines"),
 }
 _GIB = 1 << 30
 _MIN_MEMORY = 3  # GiB: what a training at 256 pixels takes on a CPU

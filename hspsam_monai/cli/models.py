@@ -97,6 +97,8 @@ def _shipped_network(supports: bool) -> dict[str, Any]:
     config: dict[str, Any] = {}
     for name in names:
         config |= json.loads(config_path(name).read_text(encoding="utf-8"))
+    if supports:
+        config["labels"] = {"background": 0, "object": 1}  # whatever the supports show
     return {key: config[key] for key in NETWORK_KEYS}
 
 

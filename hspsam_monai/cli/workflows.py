@@ -65,6 +65,7 @@ def train(
     elif data is None:
         raise ConfigError("No data set is given. Name it with --data.")
     config = _merged(files)
+    _check_pair(config, network, task)
     values = _checked(overrides, config)
     values |= {"output_dir": str(output), "resume": resume}
     values |= {} if data is None else {"dataset_dir": str(_resolved(data))}
@@ -183,8 +184,11 @@ def store_context(
     if any((output / name).is_file() for name in (LAST, CONFIG)) or output == found.path.parent:
         raise ConfigError(f"{output} holds the run of a model; expected another folder for the context.")
     values = _checked(overrides, found.network)
-    config = found.network | values | _support_labels(found, support, values)
-    network = ConfigParser({**config, "imports": ["$import hspsam_monai"]}).get_parsed_content("network_def")
+    parser = ConfigParser({**found.network, "imports": ["$import hspsam_monai"]})
+    for key, value in {**values, **_support_labels(found, support, values)}.items():
+        parser.set(value, key)  # also nested ones, a::b
+    config = {key: parser.config[key] for key in found.network}
+    network = parser.get_parsed_content("network_def")
     load_checkpoint(network, found.path, context=False)
     where = device_setting(device).split("'")[1] if device else "cuda:0" if torch.cuda.is_available() else "cpu"
     give_context(network.to(where), _resolved(support))
@@ -270,6 +274,16 @@ def _checked(overrides: Mapping[str, Any] | None, config: Mapping[str, Any]) -> 
     if "device" in values:
         values["device"] = device_setting(str(values["device"]))
     return values
+
+
+def _check_pair(config: Mapping[str, Any], network: str | None, task: str | None) -> None:
+    """Refuse a task that draws cases anew beside a network whose cases are stored once."""
+    dataset = config["train"]["dataset"]
+    if dataset["_target_"].endswith(".FeatureDataset") and "data" in dataset:
+        raise ConfigError(
+            f"--network {network} stores the features of a fixed list of cases, --task {task} draws its own; expected "
+            "one of the two. For a frozen encoder with few masks: --task few_shot network_def::adapt=frozen."
+        )
 
 
 def _check_run(output: Path, resume: bool) -> None:

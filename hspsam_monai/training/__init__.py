@@ -12,7 +12,7 @@ from hspsam_monai.training.episodes import (
 from hspsam_monai.training.feature_cache import FeatureDataset, FillFeatures, stored_batch
 from hspsam_monai.training.handlers import Attach, EpochSeeds, FiniteGuard, Progress, log_file, of_this_process
 from hspsam_monai.training.losses import DiceCE
-from hspsam_monai.training.record import environment, write_record
+from hspsam_monai.training.record import environment, spare_run, write_record
 from hspsam_monai.training.schedule import parameter_groups, warmup_poly
 
 __all__ = [
@@ -34,6 +34,7 @@ __all__ = [
     "log_file",
     "of_this_process",
     "parameter_groups",
+    "spare_run",
     "stored_batch",
     "warmup_poly",
     "write_record",

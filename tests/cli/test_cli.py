@@ -253,6 +253,18 @@ class TestTrain:
         assert "--resume" in hspsam("train", "--data", phantoms, "--output", run, *TINY, code=1).stderr
         assert before == {path.name: path.stat().st_mtime_ns for path in run.iterdir()}
 
+    def test_results_never_go_over_a_run(self, phantoms: Path, run: Path):
+        before = {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
+        for words in (["evaluate", "--data", phantoms, "--model", run, "--output", run],
+                      ["segment", phantoms / "images", run, "--model", run]):  # fmt: skip
+            assert "holds a model (last.pt)" in hspsam(*words, code=2).stderr
+        assert before == {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
+
+    def test_a_stored_list_of_cases_cannot_be_drawn_from(self, phantoms: Path, tmp_path: Path):
+        words = ["--output", tmp_path / "run", "--network", "hsp_sam_frozen", "--task", "few_shot"]
+        result = hspsam("train", "--data", phantoms, *words, "--pretrained", "none", code=2)
+        assert "network_def::adapt=frozen" in result.stderr and not (tmp_path / "run").exists()
+
     def test_nothing_to_resume(self, phantoms: Path, tmp_path: Path):
         result = hspsam("train", "--data", phantoms, "--output", tmp_path, "--resume", code=1)
         assert "Nothing to resume" in result.stderr

@@ -11,6 +11,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from hspsam_monai.cli.app import app
+from hspsam_monai.cli.models import find_model
 from hspsam_monai.data import read_mask, write_phantoms
 from hspsam_monai.encoders.weights import read_state, write_state
 from hspsam_monai.networks import HSPSAM, ProxyPrompt
@@ -81,6 +82,14 @@ def test_supports_given_or_stored_give_the_same_masks(model, supports, images, t
         masks = [read_mask(tmp_path / run / f"{one['case']}.png", 2) for run in ("given", "stored")]
         assert (masks[0] != masks[1]).mean() < 0.01  # stored in half precision
         assert float(one["similarity"]) == pytest.approx(float(other["similarity"]), abs=0.02)
+
+
+def test_a_context_takes_overrides_and_names_no_organ(supports, tmp_path, bundle):
+    assert find_model(None, supports=True).labels == {"background": 0, "object": 1}
+    hspsam("context", supports, tmp_path / "few", "network_def::top_k=16", "image_size=64", "--device", "cpu")
+    written = find_model(tmp_path / "few").network
+    assert written["network_def"]["top_k"] == 16 and written["image_size"] == 64
+    assert written["labels"] == {"background": 0, "object": 1}
 
 
 def test_class_ids_are_as_many_objects(model, supports, images, tmp_path):
