@@ -315,7 +315,7 @@ def score_folders(
     """Score a folder of predicted masks against a folder of true ones.
 
     Files pair by their path inside the folder without suffix, so trees (``source/ID.png``) pair too. Where a
-    folder holds ``masks/`` or ``labelsTr/`` (a data set, the output of an evaluation), only what lies in
+    folder holds ``masks/`` or ``labelsTr/`` (a data set), only what lies in
     there counts. Pictures are palette or 0/255 masks; volumes are NIfTI and bring their spacing.
 
     Args:

@@ -55,7 +55,6 @@ def selective_map(
     keys: Tensor,
     top_k: int,
     sharpness: Tensor | float = 1.0,
-    valid: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """CSM's selective map: which support cells speak for each target cell, and how loudly.
 
@@ -67,7 +66,6 @@ def selective_map(
         keys: (B | 1, M, C) unit cells of the supports; no gradient reaches either (the encoder is frozen).
         top_k: k cells kept; all where M is smaller.
         sharpness: learned factor.
-        valid: (B | 1, M) bool, which support cells may speak; ``None`` for all. At least one must be.
 
     Returns:
         Weights (B, Q, k) that sum to 1 and indices (B, Q, k) into M.
@@ -77,8 +75,6 @@ def selective_map(
     with torch.no_grad(), torch.autocast(queries.device.type, enabled=False):
         queries, keys = queries.detach(), keys.detach()
         cosine = linear(queries, keys[0]) if len(keys) == 1 else queries @ keys.transpose(1, 2)
-        if valid is not None:
-            cosine = cosine.masked_fill(~valid[:, None], -math.inf)
         best, index = cosine.topk(min(top_k, keys.shape[1]), dim=-1)
     return (sharpness * 2 * math.sqrt(queries.shape[-1]) * (best - 1)).softmax(-1), index
 
@@ -198,14 +194,12 @@ class ContextualSelectiveModule(nn.Module):
         share = F.adaptive_avg_pool2d(masks.to(a_agg.dtype), tuple(v.shape[-2:]))
         return torch.cat([a_agg, share[:, :, None]], dim=2)
 
-    def forward(self, features: Tensor, context: Context, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, features: Tensor, context: Context) -> tuple[Tensor, Tensor]:
         """CSM 3, target features (B, C, h, w) -> E_ctx (B, N, C, h, w) and share (B, N, 1, h, w), both float32.
 
-        The share in [0, 1] is the object's in the support cells that speak for a target cell. ``valid`` as in the map.
+        The share in [0, 1] is the object's in the support cells that speak for a target cell.
         """
-        weights, index = selective_map(
-            unit_cells(features), context.keys, self.top_k, self.log_sharpness.float().exp(), valid
-        )
+        weights, index = selective_map(unit_cells(features), context.keys, self.top_k, self.log_sharpness.float().exp())
         read = read_values(context.values, weights, index)  # (B, h w, N (C + 1))
         width, grid = features.shape[1], tuple(features.shape[-2:])
         read = read.unflatten(2, (-1, width + 1)).permute(0, 2, 3, 1).unflatten(3, grid)

@@ -5,7 +5,7 @@
     F_4..F_1, A_4..A_1 -> hierarchical decoder -> logits of K classes
 
 No click, no box: the prompts are learned from the task. Built from plain arguments, without file or network
-access; SAM's weights are loaded afterwards (:func:`hspsam_monai.networks.load_sam`).
+access; SAM's weights are loaded afterwards (:func:`hspsam_monai.networks.load_pretrained`).
 """
 
 from __future__ import annotations

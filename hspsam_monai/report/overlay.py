@@ -6,7 +6,7 @@ import numpy as np
 from scipy.ndimage import distance_transform_edt, find_objects, gaussian_filter
 
 from hspsam_monai.errors import DataError
-from hspsam_monai.inference.mask_files import PALETTE, palette_table
+from hspsam_monai.inference.mask_files import PALETTE
 
 #: Outline of the truth; no class has a colour near it.
 TRUTH_COLOUR = (255, 221, 51)
@@ -93,11 +93,6 @@ def to_rgb(image: np.ndarray) -> np.ndarray:
     elif image.dtype != np.uint8:
         raise DataError(f"A picture of {image.dtype} cannot be drawn; expected uint8, or float in [0, 1].")
     return np.repeat(image, 3, axis=2) if image.shape[2] == 1 else image[..., :3]
-
-
-def colour_mask(mask: np.ndarray, palette: np.ndarray = PALETTE) -> np.ndarray:
-    """Paint class indices (H, W) in their colours on black: (H, W, 3) uint8."""
-    return palette_table(palette)[np.asarray(mask).astype(np.uint8)]
 
 
 def _colour(palette: np.ndarray, k: int) -> np.ndarray:
