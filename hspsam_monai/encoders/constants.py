@@ -24,6 +24,9 @@ class Constants:
 
     A parameter counts as changed if it lies elsewhere in memory (moved, replaced) or was written to (an optimiser's
     step, a loaded checkpoint): the value keeps its sources' memory alive, so no other tensor can take its place unseen.
+    Some writes PyTorch does not count: a fused optimiser's, which comes after a pass with gradients, so such a pass
+    forgets what was kept (a compiled one cannot); and those through ``.data`` or NumPy. On a CPU such writes show in a
+    number looked at of every source; on other devices, where looking would stop the queue, call :meth:`forget`.
 
     Nothing is kept while gradients are on, while torch compiles, exports or traces or a CUDA graph is being
     captured (their tensors are not ours to keep), or of parameters made under ``inference_mode`` (their changes cannot
@@ -31,7 +34,11 @@ class Constants:
     """
 
     def __init__(self) -> None:
-        self._kept: dict[Hashable, tuple[list[tuple[Tensor, int]], Any]] = {}
+        self._kept: dict[Hashable, tuple[list[tuple[Tensor, int, float]], Any]] = {}
+
+    def forget(self) -> None:
+        """Compute everything anew from now on."""
+        self._kept.clear()
 
     def get(self, key: Hashable, sources: Sequence[Tensor], compute: Callable[[], T]) -> T:
         """Give the value of ``key``, computing it if it is not there or outdated.
@@ -41,6 +48,11 @@ class Constants:
             sources: the tensors it is a function of.
             compute: makes it; a tensor or a tuple of tensors.
         """
+        if _tracing():
+            return compute()
+        if torch.is_grad_enabled():
+            self.forget()
+            return compute()
         if not _may_keep(sources):
             return compute()
         device = sources[0].device.type
@@ -51,7 +63,7 @@ class Constants:
         value = compute()
         if found is None and len(self._kept) >= CAPACITY:
             self._kept.pop(next(iter(self._kept)))
-        self._kept[key] = ([(source.detach(), source._version) for source in sources], value)
+        self._kept[key] = ([(source.detach(), source._version, probe(source)) for source in sources], value)
         return value
 
     def __deepcopy__(self, memo: dict) -> Constants:
@@ -61,18 +73,26 @@ class Constants:
         return Constants, ()
 
 
+def _tracing() -> bool:
+    return torch.compiler.is_compiling() or torch.compiler.is_exporting() or torch.jit.is_tracing()
+
+
 def _may_keep(sources: Sequence[Tensor]) -> bool:
-    tracing = torch.compiler.is_compiling() or torch.compiler.is_exporting() or torch.jit.is_tracing()
-    if torch.is_grad_enabled() or tracing:
-        return False
     if any(source.is_cuda for source in sources) and torch.cuda.is_current_stream_capturing():
         return False
     return not any(source.is_inference() for source in sources)
 
 
-def _same(kept: Sequence[tuple[Tensor, int]], sources: Sequence[Tensor]) -> bool:
+def probe(source: Tensor) -> float:
+    """One number of a tensor on the CPU, its middle one; 0 elsewhere."""
+    if source.device.type != "cpu" or not source.numel():
+        return 0.0
+    return source.detach()[tuple(length // 2 for length in source.shape)].item()
+
+
+def _same(kept: Sequence[tuple[Tensor, int, float]], sources: Sequence[Tensor]) -> bool:
     return len(kept) == len(sources) and all(
         old.data_ptr() == new.data_ptr() and version == new._version and old.dtype == new.dtype
-        and old.shape == new.shape and old.device == new.device
-        for (old, version), new in zip(kept, sources, strict=True)
+        and old.shape == new.shape and old.device == new.device and number == probe(new)
+        for (old, version, number), new in zip(kept, sources, strict=True)
     )  # fmt: skip

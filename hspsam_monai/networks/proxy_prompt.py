@@ -26,6 +26,7 @@ from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
 from hspsam_monai.encoders import Encoded, build_encoder
+from hspsam_monai.encoders.constants import probe
 from hspsam_monai.encoders.weights import read_state, write_state
 from hspsam_monai.errors import ConfigError, DataError, WeightsError
 from hspsam_monai.networks.arguments import check_arguments
@@ -191,9 +192,13 @@ class ProxyPrompt(nn.Module):
         batch, size = images.shape[0], (self.image_size, self.image_size)
         images = fit_image(images.flatten(0, 1), self.image_size)
         classes = torch.arange(1, self.num_classes, device=masks.device)
-        objects = (masks.flatten(0, 1)[:, None].round() == classes[:, None, None]).to(images.dtype)
+        labels = masks.flatten(0, 1)[:, None]
+        labels = labels.round() if labels.is_floating_point() else labels
+        objects = (labels == classes[:, None, None]).to(images.dtype)
         if tuple(objects.shape[-2:]) != size:
-            objects = F.interpolate(objects, size, mode="nearest-exact")
+            # An object too small for the samples keeps every cell it touches.
+            sampled, touched = F.interpolate(objects, size, mode="nearest-exact"), F.adaptive_max_pool2d(objects, size)
+            objects = torch.where(sampled.amax((-2, -1), keepdim=True) > 0, sampled, touched)
         features = self._embed(images) if encoded is None else self.encoder.embedding_of(encoded.features)
         values = self.csm.aggregate(images, objects, features).unflatten(0, (batch, -1))  # (B, K, N, C + 1, h, w)
         values = values.permute(0, 1, 4, 5, 2, 3).flatten(4).flatten(1, 3)
@@ -219,11 +224,13 @@ class ProxyPrompt(nn.Module):
                 however many supports there are; 4096 are all of four supports at 512 pixels. ``None`` keeps all.
 
         Raises:
-            ConfigError: no support, numbers or shapes that disagree, a grey image.
+            ConfigError: no support, numbers or shapes that disagree, a grey image, ``max_cells`` below 1.
             DataError: values out of range, a mask without any object, a class that no support shows.
 
         Cost: K times encoder and support encoder, one after another; then min(K, 16) K (h w)^2 C for the reference.
         """
+        if max_cells is not None and max_cells < 1:
+            raise ConfigError(f"max_cells is {max_cells}; expected 1 or more, or None for all.")
         supports = self._check_supports(images, masks)
         parts = [self._read(image[None, None], mask[None, None]) for image, mask in supports]
         keys, values = (torch.cat([getattr(part, name)[0] for part in parts]) for name in Context._fields)
@@ -367,11 +374,16 @@ class ProxyPrompt(nn.Module):
         return torch.frombuffer(bytearray(digest.digest()), dtype=torch.uint8)
 
     def _versions(self) -> tuple:
-        """Changes whenever one of the printed tensors is written to, in any way, at no cost.
+        """Changes whenever one of the printed tensors is written to, at no cost.
 
-        Writing to tensors made under ``inference_mode`` leaves no trace, so with them no two calls are equal.
+        Writing to tensors made under ``inference_mode`` leaves no trace, nor does a fused optimiser, so with them and
+        while gradients are on no two calls are equal; other such writes: see
+        :class:`~hspsam_monai.encoders.constants.Constants`.
         """
-        return tuple((t.data_ptr(), object() if t.is_inference() else t._version) for t in self._printed())
+        return tuple(
+            (t.data_ptr(), object() if t.is_inference() or torch.is_grad_enabled() else t._version, probe(t))
+            for t in self._printed()
+        )
 
     def _check_supports(
         self, images: Tensor | Sequence[Tensor], masks: Tensor | Sequence[Tensor]

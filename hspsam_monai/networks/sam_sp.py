@@ -73,6 +73,8 @@ class SAMSP(nn.Module):
         super().__init__()
         kinds = (prompt,) if isinstance(prompt, str) else tuple(prompt)
         check_arguments(num_classes, dropout)
+        if points < 1:
+            raise ConfigError(f"points is {points}; expected 1 or more.")
         if steps < 0:
             raise ConfigError(f"steps is {steps}; expected 0 or more.")
         if steps and (not kinds or any(kind not in KINDS for kind in kinds)):

@@ -52,6 +52,41 @@ def test_an_optimizer_step_is_seen():
         assert counted.get() == 0
 
 
+@pytest.mark.parametrize("options", [{}, {"fused": True}, {"foreach": True}])
+def test_a_network_evaluated_between_steps_follows_any_optimizer(options):
+    """Fused optimisers write without PyTorch counting it."""
+    torch.manual_seed(0)
+    network = HSPSAM("mobile_sam", image_size=64, decoder="slim", adapt="full", prompt_source="image").eval()
+    optimizer = torch.optim.AdamW(network.parameters(), 1e-3, **options)
+    image = torch.rand(1, 3, 64, 64)
+    for _ in range(2):
+        with torch.no_grad():
+            network(image)
+        network(image).square().mean().backward()
+        optimizer.step()
+        with torch.no_grad():
+            found, expected = network(image), copy.deepcopy(network)(image)  # copies start empty
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_writes_behind_pytorchs_back_are_seen_on_a_cpu():
+    network = HSPSAM("mobile_sam", image_size=64, decoder="slim", prompt_source="static").eval()
+    image = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        network(image)
+        for parameter in network.parameters():
+            parameter.data.mul_(1.2)
+        torch.testing.assert_close(network(image), copy.deepcopy(network)(image), rtol=1e-5, atol=1e-5)
+        weight = nn.Parameter(torch.ones(3))
+        counted = Counted(weight)
+        assert counted.get() == 3
+        weight.detach().numpy()[:] = 2
+        assert counted.get() == 6
+        counted.constants.forget()
+        counted.get()
+        assert counted.calls == 3
+
+
 def test_nothing_is_kept_while_gradients_are_on():
     weight = nn.Parameter(torch.ones(3))
     counted = Counted(weight)

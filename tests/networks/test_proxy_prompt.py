@@ -339,3 +339,14 @@ def test_overlays_build(bundle, name, kind):
         assert others == json.loads((configs / "train.json").read_text())["train"]["handlers"]
     else:
         assert parser["train::trainer"]["prepare_batch"].endswith("episode_batch")
+
+
+def test_an_object_of_few_pixels_is_not_lost_between_samples():
+    network = ProxyPrompt("mobile_sam", 64, mamba_depth=1, value_width=16).eval()
+    mask = torch.zeros(1024, 1024, dtype=torch.bool)
+    mask[500:506, 300:306] = True
+    network.set_context([torch.rand(3, 1024, 1024)], [mask])
+    share = network.context_values[:, -1].reshape(4, 4)
+    assert share.argmax() == 1 * 4 + 1 and 0 < share.max() < 0.1  # cell (1, 1), in one or few of its 256 pixels
+    with pytest.raises(ConfigError, match="max_cells is 0"):
+        network.set_context([torch.rand(3, 64, 64)], [torch.ones(64, 64)], max_cells=0)
