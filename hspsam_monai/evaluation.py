@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from hspsam_monai.data import TolerantDataset, read_image
 from hspsam_monai.errors import DataError
-from hspsam_monai.inference import Closeness
+from hspsam_monai.inference import Closeness, SaveMaskd
 from hspsam_monai.networks.proxy_prompt import FAR
 from hspsam_monai.report import GalleryItem, gallery_html, gallery_png, learning_curve_png
 from hspsam_monai.scores import CaseScore, score_masks, summarise, write_case_table, write_summary
@@ -134,6 +134,8 @@ class CaseReport:
 
     def _write(self, engine: Engine) -> None:
         if not self.rows:
+            for name in ("cases.csv", "summary.json", "gallery.html", *["gallery.png"] * self.sheet):
+                (self.folder / name).unlink(missing_ok=True)  # an earlier run's, which this one does not confirm
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         names = list(self.labels)[1:]
@@ -207,17 +209,27 @@ class LearningCurve:
         learning_curve_png(self.folder / "learning_curve.png", [int(row["epoch"]) for row in rows], series)
 
 
-def raise_failures(dataset: TolerantDataset) -> None:
+def raise_failures(dataset: TolerantDataset, saver: SaveMaskd | None = None) -> None:
     """End a run over a tolerant data set: if cases were left out, name them all.
+
+    Args:
+        dataset: with its failures.
+        saver: what wrote the masks, to tell which failed cases still have one of an earlier run.
 
     Raises:
         DataError: at least one case failed; everything else has been done.
     """
     if not dataset.failures:
         return
-    listing = "\n".join(f"  {case}: {reason}" for case, reason in dataset.failures)
+    images = {} if saver is None else {case["case"]: case["image"] for case in dataset.data}
+    listing = ""
+    for case, reason in dataset.failures:
+        listing += f"\n  {case}: {reason}"
+        mask = saver.target(images[case], case) if case in images else None
+        if mask is not None and mask.is_file() and not mask.samefile(images[case]):
+            listing += f" ({mask} is an earlier run's.)"
     done = len(dataset.data) - len(dataset.failures)
-    raise DataError(f"{len(dataset.failures)} of {len(dataset.data)} files failed, {done} are done:\n{listing}")
+    raise DataError(f"{len(dataset.failures)} of {len(dataset.data)} files failed, {done} are done:{listing}")
 
 
 def _short(values: Any) -> str:

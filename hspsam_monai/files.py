@@ -8,6 +8,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+#: ``errors`` for texts that hold file names: one that is no UTF-8 (an old archive's) must not cost the whole table.
+NAMES = "backslashreplace"
+
+_STEM = 40  # characters of a name that its temporary file shows; the whole could be too long with what is added
+
 
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
@@ -24,8 +29,9 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         An existing empty file in the same folder, to be overwritten by name.
 
     Raises:
-        OSError: the folder is missing or read-only, or the disk is full. Whatever the block raises passes
-            through. In every case the temporary file is gone and the old file is as it was.
+        OSError: the folder is missing or read-only, or the disk is full; it names ``path``, not the temporary file.
+            Whatever the block raises passes through. In every case the temporary file is gone and the old file is as it
+            was.
 
     Example:
         >>> with atomic_write("note.txt") as temporary:  # doctest: +SKIP
@@ -35,8 +41,13 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     target = Path(path).resolve()
     # The temporary file lives beside the target: a rename is atomic only within one file system.
     stem, dot, suffixes = target.name.lstrip(".").partition(".")
-    descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=f".tmp-{stem}-", suffix=dot + suffixes)
-    os.close(descriptor)
+    name = ""
+    try:
+        descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=f".tmp-{stem[:_STEM]}-", suffix=dot + suffixes)
+        os.close(descriptor)
+    except OSError as error:
+        error.filename = str(path)
+        raise
     temporary = Path(name)
     try:
         yield temporary
@@ -44,6 +55,12 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         # mkstemp makes files 0600; a replaced file keeps its mode, a new one gets what the umask allows.
         temporary.chmod(target.stat().st_mode & 0o777 if target.exists() else 0o666 & ~_umask())
         temporary.replace(target)
+    except OSError as error:
+        if error.filename in (name, temporary):
+            error.filename = str(path)
+            if error.filename2 is not None:
+                del error.filename2
+        raise
     finally:
         temporary.unlink(missing_ok=True)  # already renamed where all went well
     _sync(target.parent)  # makes the rename itself survive a power cut

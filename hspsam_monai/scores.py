@@ -31,10 +31,12 @@ import nibabel
 import numpy as np
 import torch
 from monai.metrics import compute_hausdorff_distance, compute_surface_dice
+from PIL import Image
 
 from hspsam_monai.data.images import read_mask
+from hspsam_monai.data.layouts import DECATHLON_FILE, is_folder_set, read_decathlon, scan, sub_sets
 from hspsam_monai.errors import ConfigError, DataError
-from hspsam_monai.files import atomic_write
+from hspsam_monai.files import NAMES, atomic_write
 
 #: Metrics in the order of the columns of a table.
 METRICS = ("dice", "iou", "hd95", "nsd")
@@ -210,7 +212,7 @@ def write_case_table(path: str | Path, rows: Sequence[CaseScore], class_names: S
     names, metrics = _columns(rows, class_names)
     head = [f"{m}_{name}" for m in metrics for name in names] + [f"mean_{m}" for m in metrics]
     supported = any(row.similarity is not None for row in rows)
-    with atomic_write(path) as part, part.open("w", newline="", encoding="utf-8") as file:
+    with atomic_write(path) as part, part.open("w", newline="", encoding="utf-8", errors=NAMES) as file:
         table = csv.writer(file)
         table.writerow(
             ["case", "image", *head, "truth_pixels", "pred_pixels", "confidence", *["similarity"] * supported]
@@ -314,9 +316,9 @@ def score_folders(
 ) -> list[CaseScore]:
     """Score a folder of predicted masks against a folder of true ones.
 
-    Files pair by their path inside the folder without suffix, so trees (``source/ID.png``) pair too. Where a
-    folder holds ``masks/`` or ``labelsTr/`` (a data set), only what lies in
-    there counts. Pictures are palette or 0/255 masks; volumes are NIfTI and bring their spacing.
+    Files pair by their path inside the folder without suffix, so trees (``source/ID.png``) pair too. Where a folder
+    holds ``masks/`` or ``labelsTr/``, only what lies in there counts; the labels of a data set pair by case, several
+    masks a case included. Pictures are palette or 0/255 masks; volumes are NIfTI and bring their spacing.
 
     Args:
         predictions: folder, or one file.
@@ -330,7 +332,7 @@ def score_folders(
     Raises:
         DataError: names every file that is unpaired, unreadable or does not match its partner, all at once.
     """
-    found, wanted = _mask_files(Path(predictions)), _mask_files(Path(labels))
+    found, wanted = _mask_files(Path(predictions)), _label_files(Path(labels))
     if Path(predictions).is_file() and Path(labels).is_file() and found and wanted:
         wanted = dict(zip(found, wanted.values(), strict=True))  # two single files pair whatever their names
     chosen = {*found, *wanted} if cases is None else set(cases)
@@ -338,7 +340,7 @@ def score_folders(
     found, wanted = ({name: f for name, f in files.items() if name in chosen} for files in (found, wanted))
     faults += [f"{found[name]}: no label of this name" for name in sorted(found.keys() - wanted.keys())]
     missed = [] if partial else sorted(wanted.keys() - found.keys())
-    faults += [f"{wanted[name]}: no prediction of this name" for name in missed]
+    faults += [f"{_first(wanted[name])}: no prediction of this name" for name in missed]
     rows = []
     for name in sorted(found.keys() & wanted.keys()):
         try:
@@ -354,6 +356,26 @@ def score_folders(
     return rows
 
 
+def _label_files(root: Path) -> dict[str, Path | list[Path]]:
+    """Case name -> mask or masks, of a data set that :func:`hspsam_monai.data.find_cases` knows or of masks alone."""
+    decathlon = root if root.suffix.lower() == ".json" else root / DECATHLON_FILE
+    if decathlon.is_file():
+        items = read_decathlon(decathlon).items
+        return {name: item["label"] for name, item in items.items() if "label" in item}
+    found = _mask_files(root)
+    folders = [scan(root, with_splits=False)] if is_folder_set(root) else []
+    if not folders and root.is_dir():
+        folders = [scan(sub, f"{sub.name}/", with_splits=False) for sub in sub_sets(root)]
+    cases = {folder.prefix + stem: masks for folder in folders for stem, masks in folder.masks.items()}
+    grouped = {path for masks in cases.values() for path in masks}
+    single = {name: masks[0] if len(masks) == 1 else masks for name, masks in cases.items()}
+    return {name: path for name, path in found.items() if path not in grouped} | single
+
+
+def _first(label: Path | list[Path]) -> Path:
+    return label[0] if isinstance(label, list) else label
+
+
 def _mask_files(root: Path) -> dict[str, Path]:
     """Case name -> mask file, for a folder (searched to the bottom) or one file."""
     if not root.exists():
@@ -361,8 +383,8 @@ def _mask_files(root: Path) -> dict[str, Path]:
     base, files = (root.parent, [root]) if root.is_file() else (root, sorted(root.rglob("*")))
     paths = [f.relative_to(base) for f in files if f.is_file() and f.name.lower().endswith(MASK_SUFFIXES)]
     paths = [p for p in paths if not any(part.startswith(".") for part in p.parts)]  # unfinished writes
-    if (base / "gallery.html").is_file():  # a run's contact sheet lies among its masks and is none
-        paths = [p for p in paths if p != Path("gallery.png")]
+    if (base / "gallery.html").is_file():  # a run's contact sheet may lie among its masks, which have a palette
+        paths = [p for p in paths if p != Path("gallery.png") or _has_palette(base / p)]
     paths = [p for p in paths if set(p.parent.parts) & set(MASK_FOLDERS)] or paths
     named: dict[str, Path] = {}
     twice = []
@@ -378,13 +400,25 @@ def _mask_files(root: Path) -> dict[str, Path]:
     return named
 
 
-def _read_pair(pred: Path, truth: Path, num_classes: int) -> tuple[np.ndarray, np.ndarray, list[float] | None]:
+def _has_palette(path: Path) -> bool:
+    try:
+        with Image.open(path) as picture:
+            return picture.mode == "P"
+    except OSError:
+        return True  # reading it names the fault
+
+
+def _read_pair(
+    pred: Path, truth: Path | list[Path], num_classes: int
+) -> tuple[np.ndarray, np.ndarray, list[float] | None]:
     """Read a prediction and its truth; volumes bring the spacing of their common grid."""
-    volumes = [file.name.lower().endswith(VOLUME_SUFFIXES) for file in (pred, truth)]
+    volumes = [file.name.lower().endswith(VOLUME_SUFFIXES) for file in (pred, _first(truth))]
     if not any(volumes):
         return read_mask(pred, num_classes), read_mask(truth, num_classes), None
     if not all(volumes):
-        raise DataError(f"one of it and {truth} is a picture, the other a volume.")
+        raise DataError(f"one of it and {_first(truth)} is a picture, the other a volume.")
+    if isinstance(truth, list):
+        raise DataError(f"its label is {len(truth)} volumes ({truth[0]}, …); expected one.")
     (pred_grid, pred_affine), (truth_grid, truth_affine) = (_read_volume(file) for file in (pred, truth))
     # A thousandth of a mm: headers store float32, and two writers round differently.
     if pred_grid.shape == truth_grid.shape and not np.allclose(pred_affine, truth_affine, atol=1e-3, rtol=0):

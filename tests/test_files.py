@@ -35,6 +35,19 @@ def test_writes_and_replaces(tmp_path):
     assert leftovers(tmp_path) == ["a.txt"]
 
 
+def test_long_names_fit_and_errors_name_what_was_asked_for(tmp_path):
+    name = "n" * 240 + ".png"
+    with atomic_write(tmp_path / name) as temporary:
+        temporary.write_text("done")
+    assert leftovers(tmp_path) == [name]
+    (tmp_path / "a.png").mkdir()
+    for target in (tmp_path / "a.png", tmp_path / "none" / "a.png"):
+        with pytest.raises(OSError) as caught, atomic_write(target) as temporary:
+            temporary.write_text("done")
+        assert caught.value.filename == str(target)
+    assert leftovers(tmp_path) == ["a.png", name]
+
+
 def test_files_are_flushed_through_a_handle_that_may_write(tmp_path, monkeypatch):
     """Windows refuses to flush any other."""
     seen = []

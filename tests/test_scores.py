@@ -12,6 +12,7 @@ from scipy.ndimage import binary_erosion, gaussian_filter
 from scipy.spatial import cKDTree
 
 from hspsam_monai.errors import ConfigError, DataError
+from hspsam_monai.inference import write_mask_png
 from hspsam_monai.scores import (
     CaseScore,
     score_folders,
@@ -202,6 +203,49 @@ def test_folders_of_pictures(tmp_path):
     assert (rows[0].mean_dice, rows[0].hd95) == (expected["mean_dice"], tuple(expected["hd95"]))
     # Two single files pair whatever they are called.
     assert score_folders(tmp_path / "out/a.png", tmp_path / "data/src/masks/b.png", 2)[0].dice == rows[0].dice
+
+
+def test_the_labels_of_a_data_set_pair_by_case(tmp_path):
+    """Masks as ``hspsam check`` knows them: a tail in the name, several a case; a case of any name."""
+    truth = blobs((20, 30), 2, 0)
+    left, right = truth.copy(), truth.copy()
+    left[:, 15:], right[:, :15] = 0, 0
+    for folder in ("set", "union/src"):
+        for name in ("one", "two"):
+            save(tmp_path / folder / f"images/{name}.png", truth)
+        save(tmp_path / folder / "masks/one_mask.png", truth * 255)
+        save(tmp_path / folder / "masks/two_1.png", left * 255)
+        save(tmp_path / folder / "masks/two_2.png", right * 255)
+    for name in ("one", "two", "src/one", "src/two", "gallery"):
+        save(tmp_path / "out" / name.rpartition("/")[0] / f"{name.rpartition('/')[2]}.png", truth)
+    for name in ("one", "two"):
+        save(tmp_path / "flat" / f"{name}.png", truth)
+    rows = score_folders(tmp_path / "flat", tmp_path / "set", 2)
+    assert [(row.case, row.mean_dice) for row in rows] == [("one", 1), ("two", 1)]
+    rows = score_folders(tmp_path / "out", tmp_path / "union", 2, cases=["src/one", "src/two"])
+    assert [(row.case, row.mean_dice) for row in rows] == [("src/one", 1), ("src/two", 1)]
+    (tmp_path / "list").mkdir()
+    for name in ("img/one.png", "lab/one_seg.png"):
+        save(tmp_path / "list" / name, truth)
+    entry = {"image": "img/one.png", "label": "lab/one_seg.png"}
+    (tmp_path / "list" / "dataset.json").write_text(json.dumps({"training": [entry]}))
+    assert score_folders(tmp_path / "flat", tmp_path / "list", 2, cases=["one"])[0].mean_dice == 1
+
+
+def test_a_case_may_be_called_gallery(tmp_path):
+    mask = blobs((20, 30), 2, 0)
+    for folder in ("out", "true"):
+        write_mask_png((tmp_path / folder).mkdir() or tmp_path / folder / "gallery.png", mask)
+    (tmp_path / "out" / "gallery.html").touch()
+    assert [row.case for row in score_folders(tmp_path / "out", tmp_path / "true", 2)] == ["gallery"]
+    Image.fromarray(np.zeros((9, 9, 3), np.uint8)).save(tmp_path / "out" / "gallery.png")  # a contact sheet
+    with pytest.raises(DataError, match="no prediction of this name"):
+        score_folders(tmp_path / "out", tmp_path / "true", 2)
+
+
+def test_a_name_that_is_no_text_does_not_cost_the_table(tmp_path):
+    row = CaseScore.from_scores("caf\udce9", "caf\udce9.jpg", score_masks(*[np.ones((4, 4), np.uint8)] * 2, 2))
+    assert "caf\\udce9.jpg" in write_case_table(tmp_path / "cases.csv", [row]).read_text()
 
 
 def test_folders_name_every_fault_at_once(tmp_path):

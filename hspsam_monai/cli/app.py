@@ -79,20 +79,20 @@ def check(
     from hspsam_monai.cli.lean import import_monai
     from hspsam_monai.cli.options import task_labels
     from hspsam_monai.errors import ConfigError
-    from hspsam_monai.files import atomic_write
+    from hspsam_monai.files import NAMES, atomic_write
 
-    if task and classes:
+    if task and classes is not None:
         raise ConfigError("--task and --classes are both given; expected one of them.")
     labels = task_labels(task)
     import_monai()
     from hspsam_monai.data import check_dataset
 
     with progress("Checking") as bar:
-        report = check_dataset(data, classes or len(labels or ()) or 2, labels, bar)
+        report = check_dataset(data, len(labels or "01") if classes is None else classes, labels, bar)
     say(report.table())
     if json_file is not None:
         with atomic_write(json_file) as part:
-            part.write_text(report.to_json() + "\n", encoding="utf-8")
+            part.write_text(report.to_json() + "\n", encoding="utf-8", errors=NAMES)
     say("No faults." if report.ok else "The data set has faults.", "green" if report.ok else "bold red")
     if not report.ok:
         raise typer.Exit(1)

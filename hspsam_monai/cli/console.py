@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +16,7 @@ from rich.text import Text
 from typer.core import TyperGroup
 
 from hspsam_monai.errors import ConfigError, HspsamError
+from hspsam_monai.files import NAMES
 
 #: Results go to ``out``, everything else (logs, progress, errors) to ``err``.
 out = Console(highlight=False)
@@ -30,6 +32,11 @@ _MENDABLE = {
     errno.ENOTDIR: "a part of the path is not a folder",
     errno.EEXIST: "a file of this name is in the way",
     errno.EISDIR: "it is a folder",
+    errno.ENOENT: "no such file or folder",
+    errno.ENAMETOOLONG: "the name is too long",
+    errno.ELOOP: "links lead in a circle",
+    errno.EBUSY: "it is in use",
+    errno.EIO: "the device reports an error",
 }
 _STYLES = {logging.WARNING: "yellow", logging.ERROR: "red", logging.CRITICAL: "red"}
 
@@ -122,6 +129,9 @@ class _TerminalHandler(logging.Handler):
 
 def set_up_logging(debug: bool = False) -> None:
     """Send logs to the terminal; called once by every command. Files are added by the runs themselves."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors=NAMES)  # a file's name may be no text
     root = logging.getLogger()
     for handler in [h for h in root.handlers if isinstance(h, _TerminalHandler)]:
         root.removeHandler(handler)

@@ -22,6 +22,8 @@ OPTIONS = {
     "model": "--model",
     "support_dir": "--support",
 }
+#: Smallest values of settings that a training would only fail on later, at 0 above it.
+_LEAST = {"batch_size": 1, "accumulation_steps": 1, "epochs": 1, "val_interval": 1, "image_size": 32, "lr": 0}
 _WORDS = {"true": True, "false": False, "null": None, "none": None}
 
 
@@ -131,6 +133,20 @@ def check_overrides(overrides: Mapping[str, Any], config: Mapping[str, Any]) -> 
         _check_kind(key, value, old)
 
 
+def check_labels(labels: Any) -> None:
+    """Refuse labels that do not number all classes from the background on.
+
+    Raises:
+        ConfigError: not name -> index, or the indices are not 0 to K - 1, each once.
+    """
+    fits = isinstance(labels, Mapping) and all(type(index) is int for index in labels.values())
+    if not fits or sorted(labels.values()) != list(range(len(labels))) or len(labels) < 2:
+        raise ConfigError(
+            f"labels: found {labels!r}; expected name and index of every class, background 0 and the others 1, 2, … "
+            'without a gap, such as {"background": 0, "polyp": 1}.'
+        )
+
+
 def _check_kind(key: str, value: Any, old: Any) -> None:
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if isinstance(old, bool):
@@ -143,6 +159,9 @@ def _check_kind(key: str, value: Any, old: Any) -> None:
         wrong = None if isinstance(value, Mapping) else "a dictionary; single entries are set as KEY::NAME=VALUE"
     else:
         wrong = None
+    least = _LEAST.get(key)
+    if not wrong and least is not None and number and (value < least or (least == 0 and value == 0)):
+        wrong = "more than 0" if least == 0 else f"{least} or more"
     if wrong:
         raise ConfigError(f"{key}: found {value!r}; expected {wrong}.")
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import json
 import logging
+import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +14,7 @@ from typing import Any
 
 from hspsam_monai.cli.console import progress, tell
 from hspsam_monai.cli.models import Model, find_model, shipped_model, takes_supports
-from hspsam_monai.cli.options import check_overrides, config_path, device_setting, overlay_path
+from hspsam_monai.cli.options import check_labels, check_overrides, config_path, device_setting, overlay_path
 from hspsam_monai.errors import ConfigError, DataError, TrainingError, WeightsError
 from hspsam_monai.files import atomic_write
 from hspsam_monai.network_file import OVERLAY
@@ -55,8 +57,10 @@ def train(
         WeightsError: the pretrained weights are not there.
         TrainingError: ``output`` holds a run already, or none to resume.
     """
+    from hspsam_monai.training import check_output
+
     output = _resolved(output)
-    _check_run(output, resume)
+    check_output(output, resume)  # before weights are looked for and a data set is read
     files = [config_path("train.json")]
     files += [overlay_path("network", network)] if network else []
     files += [overlay_path("task", task)] if task else []
@@ -67,6 +71,9 @@ def train(
     config = _merged(files)
     _check_pair(config, network, task)
     values = _checked(overrides, config)
+    check_labels({**config, **values}["labels"])
+    if not str(values.get("feature_cache", "$")).startswith("$"):
+        values["feature_cache"] = str(_resolved(values["feature_cache"]))
     values |= {"output_dir": str(output), "resume": resume}
     values |= {} if data is None else {"dataset_dir": str(_resolved(data))}
     source = config.get("pretrained") if pretrained is None else pretrained
@@ -141,7 +148,7 @@ def segment(
     if support is not None:
         values |= {"support_dir": str(_resolved(support)), **_support_labels(found, support, values)}
     source, output = _resolved(source), _resolved(output)
-    if source == output:
+    if source == output or (source.exists() and output.exists() and source.samefile(output)):
         raise ConfigError(f"{output} is the input as well; expected another folder for the masks.")
     values |= {"dataset_dir": str(source), "model": str(found.path), "output_dir": str(output)}
     values |= {} if flips is None else {"flips": flips}
@@ -258,8 +265,16 @@ def _own_logs() -> Iterator[None]:
 
 
 def _resolved(path: str | Path) -> Path:
-    """Absolute, so that it never looks like one of MONAI's expressions and holds from any folder."""
-    return Path(path).expanduser().resolve()
+    """Absolute, so that it holds from any folder and does not begin like one of MONAI's expressions; links stay links.
+
+    Raises:
+        ConfigError: it has a mark that MONAI would replace wherever it stands in a text.
+    """
+    if re.search(r"[@%](#|::)", str(path)):
+        raise ConfigError(
+            f"{path}: found a mark that MONAI's configurations take for a reference; choose another name."
+        )
+    return Path(os.path.abspath(Path(path).expanduser()))  # noqa: PTH100, resolve() would follow links
 
 
 def _merged(files: Sequence[Path]) -> dict[str, Any]:
@@ -277,22 +292,18 @@ def _checked(overrides: Mapping[str, Any] | None, config: Mapping[str, Any]) -> 
 
 
 def _check_pair(config: Mapping[str, Any], network: str | None, task: str | None) -> None:
-    """Refuse a task that draws cases anew beside a network whose cases are stored once."""
+    """Refuse a task that does not go with the network: both say what a training reads."""
     dataset = config["train"]["dataset"]
+    if dataset["_target_"].endswith(".StoredEpisodeDataset") and not takes_supports(config):
+        raise ConfigError(
+            f"--task {task} trains on episodes, a target with its supports; expected a network that takes them, "
+            f"--network proxy_prompt, not {network or 'the default'}."
+        )
     if dataset["_target_"].endswith(".FeatureDataset") and "data" in dataset:
         raise ConfigError(
             f"--network {network} stores the features of a fixed list of cases, --task {task} draws its own; expected "
             "one of the two. For a frozen encoder with few masks: --task few_shot network_def::adapt=frozen."
         )
-
-
-def _check_run(output: Path, resume: bool) -> None:
-    """Refuse before anything is written into the folder of another run."""
-    last = output / LAST
-    if resume and not last.is_file():
-        raise TrainingError(f"Nothing to resume: {last} does not exist. Start without --resume.")
-    if not resume and last.is_file():
-        raise TrainingError(f"{output} holds an earlier run. Go on with --resume, or choose another --output.")
 
 
 def _pretrained(source: str | None, resume: bool, supports: bool) -> str:

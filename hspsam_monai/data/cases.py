@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from hspsam_monai.data.layouts import (
     VOLUME_SUFFIXES,
     Decathlon,
     Folder,
+    entries,
     is_folder_set,
     overlaps,
     pictures,
@@ -27,7 +29,12 @@ from hspsam_monai.data.layouts import (
 )
 from hspsam_monai.errors import ConfigError, DataError
 
+logger = logging.getLogger(__name__)
+
 Case = dict[str, Any]
+
+#: Pictures that are not read; other files beside pictures are nobody's images.
+_OTHER_PICTURES = {".gif", ".dcm", ".dicom", ".heic", ".heif", ".avif", ".jp2", ".svg", ".pdf", ".mp4", ".avi"}
 
 
 def find_cases(
@@ -195,11 +202,27 @@ def _flat_cases(root: Path, split: str) -> list[Case]:
             f"{root}: found no picture or volume; expected {', '.join(suffixes)} files. "
             "Check the path; sub-folders are not searched."
         )
+    if root.is_dir():
+        _tell_ignored([path for path in entries(root) if path not in set(paths)])
     stems = [stem_of(path) for path in paths]
     # Two files of one stem keep their suffix in the name, or their predictions would overwrite each other.
     return [
         _case(path.name if stems.count(stem) > 1 else stem, path, None) for path, stem in zip(paths, stems, strict=True)
     ]
+
+
+def _tell_ignored(others: list[Path]) -> None:
+    """Say what of a flat folder is not read, where it could have been meant to be."""
+    meant = [path.name + "/" if path.is_dir() else path.name for path in others if _meant(path)]
+    if meant:
+        logger.warning(
+            "Left out %d entries that are no %s files (%s); sub-folders are not searched.",
+            len(meant), ", ".join(IMAGE_SUFFIXES), some(meant),
+        )  # fmt: skip
+
+
+def _meant(path: Path) -> bool:
+    return bool(pictures(path)) if path.is_dir() else path.suffix.lower() in _OTHER_PICTURES
 
 
 def _case(name: str, image: Path, label: Path | list[Path] | None) -> Case:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import logging
 from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,10 @@ PALETTE: np.ndarray = np.array(
 )
 PALETTE.setflags(write=False)
 
+logger = logging.getLogger(__name__)
+
+#: Errors of writing that the next mask would meet as well.
+_HOPELESS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 #: Folders of images inside a data set; predictions have no siblings to be told from.
 _IMAGE_FOLDERS = ("images", "imagesTr", "imagesTs")
 
@@ -84,18 +90,32 @@ class SaveMaskd(SaveImaged):
         root: folder of the inputs; their sub-folders below it are kept. A file's own folder stands for itself.
         key: key of the prediction, class indices (1, H, W), on any device.
         image_key: key of the image whose meta data name the source file.
+        failures: list that takes (case, reason) of every mask that could not be written, while the others go on;
+            ``None`` to raise.
+
+    Raises:
+        DataError: the mask would replace a picture of the input, or that of another case of the same run. Links count
+            as what they are called, not as what they lead to.
     """
 
-    def __init__(self, output_dir: str | Path, root: str | Path, key: str = "pred", image_key: str = "image") -> None:
+    def __init__(
+        self,
+        output_dir: str | Path,
+        root: str | Path,
+        key: str = "pred",
+        image_key: str = "image",
+        failures: list[tuple[str, str]] | None = None,
+    ) -> None:
         super().__init__(keys=key, output_dir=output_dir, print_log=False)
-        root = Path(root)
+        root = Path(root).expanduser().absolute()
         self.output_dir = Path(output_dir)
-        self.root = (root if root.is_dir() else root.parent).resolve()
-        self.image_key = image_key
+        self.root = root if root.is_dir() else root.parent
+        self.image_key, self.failures = image_key, failures
+        self._written: dict[Path, Path] = {}
 
     def target(self, source: str | Path, case: str = "") -> Path:
         """Where the mask of ``source`` goes, the picture of the case of that name."""
-        source = Path(source).resolve()
+        source = Path(source).expanduser().absolute()
         relative = source.relative_to(self.root) if source.is_relative_to(self.root) else Path(source.name)
         parts = [part for part in relative.parent.parts if part not in _IMAGE_FOLDERS]
         name = source.name if case == source.name else source.stem
@@ -104,8 +124,22 @@ class SaveMaskd(SaveImaged):
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Write one case and pass it on, with ``saved_to`` added."""
         data = dict(data)
-        mask = plain(data[self.keys[0]]).detach().cpu().numpy()[0]  # the engine leaves it where the network ran
-        path = self.target(data[self.image_key].meta["filename_or_obj"], str(data.get("case", "")))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        data["saved_to"] = str(write_mask_png(path, mask.astype(np.uint8)))
+        source, case = Path(data[self.image_key].meta["filename_or_obj"]), str(data.get("case", ""))
+        try:
+            data["saved_to"] = str(self._write(data, source, case))
+        except (DataError, OSError) as error:
+            if self.failures is None or getattr(error, "errno", None) in _HOPELESS:
+                raise
+            logger.error("Not written: the mask of %s: %s", case or source.name, error)
+            self.failures.append((case or source.name, str(error)))
         return data
+
+    def _write(self, data: Mapping[Hashable, Any], source: Path, case: str) -> Path:
+        mask = plain(data[self.keys[0]]).detach().cpu().numpy()[0]  # the engine leaves it where the network ran
+        path = self.target(source, case)
+        if path.exists() and source.exists() and path.samefile(source):
+            raise DataError(f"{path} is the picture itself; expected another folder for the masks.")
+        if self._written.setdefault(path, source) != source:
+            raise DataError(f"{path} holds the mask of {self._written[path]}; expected names that differ. Rename one.")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return write_mask_png(path, mask.astype(np.uint8))

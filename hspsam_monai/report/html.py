@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from hspsam_monai.errors import ConfigError, DataError
-from hspsam_monai.files import atomic_write
+from hspsam_monai.files import NAMES, atomic_write
 from hspsam_monai.inference.mask_files import PALETTE
 from hspsam_monai.report.gallery import GalleryItem, colour_key, panel_names, worst_first
 from hspsam_monai.report.page import FRAME, SCRIPT, STYLE
@@ -69,7 +69,7 @@ def gallery_html(
     ]
     page = FRAME.format(title=escape(title), body="\n".join(filter(None, parts)), style=STYLE, script=SCRIPT)
     with atomic_write(path) as part:
-        part.write_text(page, encoding="utf-8")
+        part.write_text(page, encoding="utf-8", errors=NAMES)
     return Path(path)
 
 

@@ -10,9 +10,18 @@ from hspsam_monai.training.episodes import (
     held_out_episodes,
 )
 from hspsam_monai.training.feature_cache import FeatureDataset, FillFeatures, stored_batch
-from hspsam_monai.training.handlers import Attach, EpochSeeds, FiniteGuard, Progress, log_file, of_this_process
+from hspsam_monai.training.handlers import (
+    Attach,
+    EpochSeeds,
+    FiniteGuard,
+    Progress,
+    Validate,
+    log_file,
+    of_this_process,
+)
 from hspsam_monai.training.losses import DiceCE
-from hspsam_monai.training.record import environment, spare_run, write_record
+from hspsam_monai.training.output_folder import check_output
+from hspsam_monai.training.record import environment, write_record
 from hspsam_monai.training.schedule import parameter_groups, warmup_poly
 
 __all__ = [
@@ -28,13 +37,14 @@ __all__ = [
     "SelfDistillation",
     "SetContext",
     "StoredEpisodeDataset",
+    "Validate",
+    "check_output",
     "environment",
     "episode_batch",
     "held_out_episodes",
     "log_file",
     "of_this_process",
     "parameter_groups",
-    "spare_run",
     "stored_batch",
     "warmup_poly",
     "write_record",

@@ -24,9 +24,9 @@ LAST, BEST, CURVE = "last.pt", "model.pt", "learning_curve.csv"
 class Checkpointer:
     """MONAI/ignite handler: after every epoch write ``last.pt``, after every best epoch ``model.pt``.
 
-    Attach to the trainer after its ValidationHandler. ``last.pt`` holds everything a run needs to go on as if it
-    had never stopped: network, averaged network, optimiser, schedule, epoch, best value, learning curve; data order
-    and augmentation are functions of (seed, epoch, index) and need no state. ``model.pt`` holds
+    Attach to the trainer after its :class:`~hspsam_monai.training.Validate`. ``last.pt`` holds everything a run needs
+    to go on as if it had never stopped: network, averaged network, optimiser, schedule, epoch, best value, learning
+    curve; data order and augmentation are functions of (seed, epoch, index) and need no state. ``model.pt`` holds
     ``{"model": state}`` of the network that was validated, for inference and MONAI Label.
 
     Args:

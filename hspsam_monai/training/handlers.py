@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from ignite.engine import Engine, Events
 from monai.engines.utils import IterationEvents
-from monai.handlers import TensorBoardHandler
+from monai.handlers import TensorBoardHandler, ValidationHandler
 from torch import nn
 
 from hspsam_monai.errors import TrainingError
@@ -68,6 +68,20 @@ def of_this_process(handlers: list[Any], rank: int) -> list[Any]:
     if rank == 0:
         return handlers
     return [h for h in handlers if not (isinstance(h, TensorBoardHandler) or getattr(h, "main_process_only", False))]
+
+
+class Validate(ValidationHandler):
+    """MONAI's ``ValidationHandler`` that also validates after the last epoch, whatever the interval.
+
+    What a run ends with would else be neither scored nor kept.
+    """
+
+    def attach(self, engine: Engine) -> None:
+        """Attach to the trainer."""
+        super().attach(engine)
+        if self.epoch_level:
+            last = Events.EPOCH_COMPLETED(event_filter=lambda e, n: n == e.state.max_epochs and n % self.interval != 0)
+            engine.add_event_handler(last, self)
 
 
 class FiniteGuard:
@@ -223,7 +237,7 @@ def log_file(folder: str | Path, name: str = "log.txt") -> None:
     """Also write everything that is logged to ``folder``/``name`` (appended, so a resumed run keeps its history)."""
     path = Path(folder) / name
     path.parent.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(path)
+    handler = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root = logging.getLogger()
     if not any(getattr(h, "baseFilename", None) == handler.baseFilename for h in root.handlers):

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 import hspsam_monai
-from hspsam_monai.errors import ConfigError
 from hspsam_monai.files import atomic_write
 from hspsam_monai.network_file import NETWORK_KEYS, OVERLAY
+from hspsam_monai.training.output_folder import RECORD
 from hspsam_monai.workflow import running_workflow
 
 logger = logging.getLogger(__name__)
@@ -33,20 +33,6 @@ def environment() -> dict[str, Any]:
             versions[name] = "not installed"
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
     return {"versions": versions, "device": device, "threads": torch.get_num_threads()}
-
-
-def spare_run(folder: str | Path) -> None:
-    """Refuse a folder that holds a trained model, before an evaluation or inference writes its own record over it.
-
-    Raises:
-        ConfigError: there is a ``last.pt`` or ``model.pt``.
-    """
-    found = [name for name in ("last.pt", "model.pt") if (Path(folder) / name).is_file()]
-    if found:
-        raise ConfigError(
-            f"{folder} holds a model ({found[0]}), whose configuration and splits would be overwritten; expected "
-            "another folder for results, such as one inside it."
-        )
 
 
 def write_record(folder: str | Path, cases: Mapping[str, Sequence[Mapping[str, Any]]] | None = None) -> None:
@@ -67,7 +53,7 @@ def write_record(folder: str | Path, cases: Mapping[str, Sequence[Mapping[str, A
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    files: dict[str, Any] = {"environment.json": environment()}
+    files: dict[str, Any] = {RECORD: environment()}
     workflow = running_workflow()
     if workflow is not None:
         config = dict(workflow.parser.config)

@@ -219,6 +219,12 @@ class TestCheck:
             assert f"phantom_000{number}" in result.stdout
         assert len(json.loads((tmp_path / "report.json").read_text())["faults"]) >= 3
 
+    def test_a_file_that_cannot_be_written_is_one_sentence(self, phantoms: Path, tmp_path: Path):
+        result = hspsam("check", phantoms, "--json", tmp_path / "none" / "report.json", code=1)
+        assert f"{tmp_path / 'none' / 'report.json'}: no such file or folder" in result.stderr
+        assert "num_classes is 0" in hspsam("check", phantoms, "--classes", 0, code=2).stderr
+        assert "expected one of them" in hspsam("check", phantoms, "--task", "polyp", "--classes", 0, code=2).stderr
+
     def test_unknown_task_lists_what_there_is(self, phantoms: Path):
         assert "polyp" in hspsam("check", phantoms, "--task", "polip", code=2).stderr
 
@@ -264,6 +270,22 @@ class TestTrain:
         words = ["--output", tmp_path / "run", "--network", "hsp_sam_frozen", "--task", "few_shot"]
         result = hspsam("train", "--data", phantoms, *words, "--pretrained", "none", code=2)
         assert "network_def::adapt=frozen" in result.stderr and not (tmp_path / "run").exists()
+
+    @pytest.mark.parametrize(
+        ("words", "message"),
+        [
+            (["batch_size=0"], "batch_size: found 0; expected 1 or more"),
+            (["lr=0"], "lr: found 0; expected more than 0"),
+            (['labels={"a": 1, "b": 2}'], "background 0 and the others 1, 2"),
+            (['labels={"a": 0, "b": "c"}'], "background 0 and the others 1, 2"),
+            (["--task", "many"], "expected a network that takes them"),
+        ],
+    )
+    def test_settings_that_would_fail_later_are_refused_first(self, phantoms: Path, tmp_path: Path, words, message):
+        result = hspsam(
+            "train", "--data", phantoms, "--output", tmp_path / "run", "--pretrained", "none", *words, code=2
+        )
+        assert message in result.stderr and not (tmp_path / "run").exists()
 
     def test_nothing_to_resume(self, phantoms: Path, tmp_path: Path):
         result = hspsam("train", "--data", phantoms, "--output", tmp_path, "--resume", code=1)
@@ -315,6 +337,42 @@ class TestUse:
         assert "2 of 4 files failed" in result.stderr
         assert "broken" in result.stderr and "text" in result.stderr
         assert len(list((tmp_path / "masks").glob("phantom_*.png"))) == 2
+
+    def test_names_that_are_no_text_cost_nothing(self, phantoms: Path, run: Path, tmp_path: Path):
+        first, *_ = sorted((phantoms / "images").iterdir())
+        (tmp_path / "images").mkdir()
+        try:
+            (tmp_path / "images" / f"caf\udce9{first.suffix}").write_bytes(first.read_bytes())
+        except (OSError, UnicodeError):
+            pytest.skip("this file system takes no such name")
+        (tmp_path / "images" / "moving.gif").write_bytes(b"GIF89a")
+        result = hspsam("segment", tmp_path / "images", tmp_path / "masks", "--model", run, "--no-flips")
+        assert "moving.gif" in result.stderr
+        assert (tmp_path / "masks" / "caf\udce9.png").is_file()
+        for name in ("cases.csv", "gallery.html"):
+            assert "caf" in (tmp_path / "masks" / name).read_text(encoding="utf-8")
+
+    def test_results_of_before_are_told_from_those_of_now(self, phantoms: Path, run: Path, tmp_path: Path):
+        first, *_ = sorted((phantoms / "images").iterdir())
+        (tmp_path / "images").mkdir()
+        (tmp_path / "images" / first.name).write_bytes(first.read_bytes())
+        words = ["segment", tmp_path / "images", tmp_path / "masks", "--model", run, "--no-flips"]
+        hspsam(*words)
+        (tmp_path / "images" / first.name).write_bytes(b"")
+        mask = tmp_path / "masks" / f"{first.stem}.png"
+        assert f"({mask} is an earlier run's.)" in hspsam(*words, code=1).stderr
+        assert mask.is_file() and not (tmp_path / "masks" / "cases.csv").exists()
+
+    def test_pictures_and_paths_are_left_alone(self, phantoms: Path, run: Path, tmp_path: Path):
+        picture = tmp_path / "p.png"
+        Image.fromarray(np.zeros((64, 64, 3), np.uint8)).save(picture)
+        before = picture.read_bytes()
+        result = hspsam("segment", picture, tmp_path, "--model", run, "--no-flips", code=1)
+        assert "is the picture itself" in result.stderr and picture.read_bytes() == before
+        result = hspsam("segment", phantoms / "images", phantoms / "masks", "--model", run, code=2)
+        assert "part of a data set" in result.stderr
+        result = hspsam("segment", picture, tmp_path / "q@#1", "--model", run, code=2)
+        assert "take for a reference" in result.stderr
 
     def test_unknown_device(self, phantoms: Path, run: Path, tmp_path: Path):
         result = hspsam("segment", phantoms / "images", tmp_path, "--model", run, "--device", "gpu", code=2)

@@ -1,10 +1,12 @@
 """Where predicted masks go, and from which device."""
 
 import numpy as np
+import pytest
 import torch
 from monai.data import MetaTensor
 
 from hspsam_monai.data import read_mask
+from hspsam_monai.errors import DataError
 from hspsam_monai.inference import SaveMaskd
 
 
@@ -40,6 +42,36 @@ def test_twins_do_not_overwrite_each_other(tmp_path):
     for number, name in enumerate(("a.png", "a.jpg")):
         save(item(tmp_path / "in" / name, name, torch.full((1, 2, 3), float(number))))
     assert [read_mask(tmp_path / "out" / f"a.{suffix}.png", 2).max() for suffix in ("png", "jpg")] == [0, 1]
+
+
+def test_links_are_called_what_they_are_called(tmp_path):
+    for number in (1, 2):
+        (tmp_path / "store" / f"p{number}").mkdir(parents=True)
+        (tmp_path / "store" / f"p{number}" / "frame.jpg").touch()
+        (tmp_path / "in").mkdir(exist_ok=True)
+        (tmp_path / "in" / f"patient{number}.jpg").symlink_to(tmp_path / "store" / f"p{number}" / "frame.jpg")
+    save = SaveMaskd(tmp_path / "out", tmp_path / "in")
+    for number in (1, 2):
+        save(item(tmp_path / "in" / f"patient{number}.jpg", f"patient{number}", torch.zeros(1, 2, 3)))
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["patient1.png", "patient2.png"]
+
+
+def test_what_cannot_be_written_is_named_and_the_rest_goes_on(tmp_path):
+    (tmp_path / "in").mkdir()
+    for name in ("a.png", "b.png"):
+        (tmp_path / "in" / name).write_bytes(b"a picture")
+    failures = []
+    save = SaveMaskd(tmp_path / "in", tmp_path / "in", failures=failures)
+    save(item(tmp_path / "in" / "a.png", "a", torch.zeros(1, 2, 3)))  # would replace the picture
+    assert (tmp_path / "in" / "a.png").read_bytes() == b"a picture"
+    (tmp_path / "out" / "b.png").mkdir(parents=True)
+    save = SaveMaskd(tmp_path / "out", tmp_path / "in", failures=failures)
+    save(item(tmp_path / "in" / "b.png", "b", torch.zeros(1, 2, 3)))  # a folder is in the way
+    save(item(tmp_path / "in" / "c.png", "c", torch.zeros(1, 2, 3)))
+    assert [case for case, _ in failures] == ["a", "b"] and (tmp_path / "out" / "c.png").is_file()
+    assert "the picture itself" in failures[0][1] and failures[1][1].endswith(f"{str(tmp_path / 'out' / 'b.png')!r}")
+    with pytest.raises(DataError, match="holds the mask of"):
+        SaveMaskd._write(save, item(None, "", torch.zeros(1, 2, 3)), tmp_path / "elsewhere" / "c.jpg", "c")
 
 
 def test_folders_of_images_leave_no_trace(tmp_path):

@@ -9,6 +9,8 @@ import time
 import pytest
 import torch
 
+from tests.training.conftest import root
+
 
 def same(a, b):
     """Equal to the last bit, through dictionaries and lists."""
@@ -43,6 +45,24 @@ def test_same_seed_same_run_and_another_seed_another(train):
     assert_same_run(first.folder, second.folder)
     other = train("other", epochs=1, seed=1).start()
     assert not set(other.losses) & set(first.losses)
+
+
+def test_another_run_keeps_its_record(train):
+    run = train("first", epochs=1).start()
+    before = {path.name: path.read_bytes() for path in run.folder.iterdir() if path.is_file()}
+    with pytest.raises(RuntimeError) as caught:
+        train("first", epochs=1, image_size=96).workflow.initialize()
+    assert "earlier run" in str(root(caught.value))
+    assert before == {path.name: path.read_bytes() for path in run.folder.iterdir() if path.is_file()}
+
+
+def test_the_last_epoch_is_validated_whatever_the_interval(train):
+    run = train("run", epochs=3, val_interval=2, keep="last", precision="float32").start()
+    last, model = state(run.folder), state(run.folder, "model.pt")["model"]
+    assert all(torch.equal(model[key], value.half() if value.is_floating_point() else value)
+               for key, value in last["best_network"].items())  # fmt: skip
+    assert [row.get("val_mean_dice") is not None for row in last["curve"]] == [False, True, True]
+    assert (train("short", epochs=1, val_interval=5).start().folder / "model.pt").is_file()
 
 
 def test_a_few_masks_are_trained_on_from_weights_of_the_seed(train, bundle):

@@ -1,0 +1,48 @@
+"""Where a run may write: never over a data set, nor over another run's record."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from hspsam_monai.data.layouts import DECATHLON_FILE, is_folder_set
+from hspsam_monai.errors import ConfigError, TrainingError
+
+#: What tells a folder of results, see :func:`hspsam_monai.training.write_record`.
+RECORD = "environment.json"
+#: What tells a folder that holds a trained model.
+MODELS = ("last.pt", "model.pt")
+
+
+def check_output(folder: str | Path, resume: bool | None = None) -> None:
+    """Refuse an output folder before anything is written into it; called first by every configuration.
+
+    Args:
+        folder: where results are to go; it need not exist.
+        resume: of a training: whether it goes on with the run in ``folder``. ``None`` for an evaluation or inference.
+
+    Raises:
+        ConfigError: it is a data set or its folder of images or masks; it holds a model whose configuration and
+            splits would be overwritten; or it starts with ``~``, which only a shell expands.
+        TrainingError: a training would overwrite another, or there is none to resume.
+    """
+    if str(folder).startswith("~"):
+        raise ConfigError(f"{folder}: found ~, which only a shell expands; expected the full path.")
+    path = Path(folder).resolve()
+    # A folder masks/ beside images/ may be the results of an earlier run, which left its record there.
+    inside = path.name in {"images", "masks"} and is_folder_set(path.parent) and not (path / RECORD).is_file()
+    if inside or is_folder_set(path) or (path / DECATHLON_FILE).is_file():
+        raise ConfigError(
+            f"{folder} is {'part of ' if inside else ''}a data set, whose files could be overwritten; expected another "
+            "folder for results."
+        )
+    found = [name for name in MODELS if (path / name).is_file()]
+    if resume is None:
+        if found:
+            raise ConfigError(
+                f"{folder} holds a model ({found[0]}), whose configuration and splits would be overwritten; expected "
+                "another folder for results, such as one inside it."
+            )
+    elif resume and MODELS[0] not in found:
+        raise TrainingError(f"Nothing to resume: {path / MODELS[0]} does not exist. Start without --resume.")
+    elif not resume and MODELS[0] in found:
+        raise TrainingError(f"{folder} holds an earlier run. Go on with --resume, or choose another --output.")
