@@ -172,7 +172,8 @@ class ContextualSelectiveModule(nn.Module):
 
     def encode(self, images: Tensor, masks: Tensor) -> Tensor:
         """CSM 1, images (S, 3, H, W) in [0, 1] and masks of one object each (S, H, W) in {0, 1} -> V (S, C^v, h, w)."""
-        x = self.patch(torch.cat([images, masks[:, None].to(images.dtype)], dim=1) * 2 - 1)
+        given = torch.cat([images, masks[:, None].to(images.dtype)], dim=1) * 2 - 1
+        x = self.patch(given.to(self.patch.weight.dtype))
         return to_map(self.norm(self.blocks(to_cells(x))), tuple(x.shape[-2:]))
 
     def aggregate(self, images: Tensor, masks: Tensor, features: Tensor) -> Tensor:

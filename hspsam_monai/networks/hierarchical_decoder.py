@@ -10,7 +10,6 @@ becomes a 1x1 filter.
 from __future__ import annotations
 
 import torch
-from segment_anything.modeling.prompt_encoder import PositionEmbeddingRandom
 from segment_anything.modeling.transformer import TwoWayTransformer
 from torch import Tensor, nn
 
@@ -22,6 +21,7 @@ from hspsam_monai.networks.layers import (
     LayerNorm2d,
     NormGELU,
     OwnGELU,
+    PositionEncoding,
     SeparableResidual,
     mlp,
     resize,
@@ -78,7 +78,7 @@ class HierarchicalDecoder(nn.Module):
             for on in prompted
         )
         self.prompted = prompted
-        self.positions = PositionEmbeddingRandom(width // 2)
+        self.positions = PositionEncoding(width // 2)
         self._constants = Constants()
         # SAM's "no mask" embedding, frozen in the paper; zero until SAM's weights are loaded.
         self.register_buffer("no_mask", torch.zeros(width))

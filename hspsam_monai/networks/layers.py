@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 
 import torch
+from segment_anything.modeling.prompt_encoder import PositionEmbeddingRandom
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hspsam_monai.encoders.layers import Pointwise, gelu
+
+
+class PositionEncoding(PositionEmbeddingRandom):
+    """SAM's position encoding, computed in float32 whatever the module's own type or autocast: it is all phases."""
+
+    def _pe_encoding(self, coords: Tensor) -> Tensor:
+        matrix = self.positional_encoding_gaussian_matrix
+        precise = torch.promote_types(matrix.dtype, torch.float32)
+        with torch.autocast(matrix.device.type, enabled=False):
+            phases = 2 * math.pi * ((2 * coords.to(precise) - 1) @ matrix.to(precise))
+            return torch.cat([phases.sin(), phases.cos()], dim=-1).to(matrix.dtype)
 
 
 class LayerNorm2d(nn.Module):

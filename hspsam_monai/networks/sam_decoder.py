@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hspsam_monai.errors import ConfigError
-from hspsam_monai.networks.layers import to_cells, to_map
+from hspsam_monai.networks.layers import PositionEncoding, to_cells, to_map
 from hspsam_monai.networks.two_way import two_way
 
 #: Point labels beyond SAM's own 1 (object), 0 (background), -1 (not a point): this slot is empty.
@@ -92,6 +92,7 @@ class SAMDecoder(nn.Module):
         self.stride = stride
         # The sizes given here are only used by the original forward passes, which are not called.
         self.prompt_encoder = PromptEncoder(WIDTH, (64, 64), (1024, 1024), MASK_CHANNELS)
+        self.prompt_encoder.pe_layer.__class__ = PositionEncoding  # the same, in other types as well
         self.mask_decoder = MaskDecoder(
             transformer_dim=WIDTH,
             transformer=TwoWayTransformer(DEPTH, WIDTH, HEADS, MLP_WIDTH),
@@ -114,8 +115,9 @@ class SAMDecoder(nn.Module):
         count = shape[0] * shape[1]
         encoder = self.prompt_encoder
         size = (grid[0] * self.stride, grid[1] * self.stride)
-        device = encoder.no_mask_embed.weight.device
-        tokens, valid = [torch.empty(count, 0, WIDTH, device=device)], [torch.empty(count, 0, device=device).bool()]
+        weight = encoder.no_mask_embed.weight
+        device = weight.device
+        tokens, valid = [weight.new_empty(count, 0, WIDTH)], [torch.empty(count, 0, device=device).bool()]
         has_box = None
         if prompts.boxes is not None:
             has_box = torch.ones(count, device=device).bool() if prompts.has_box is None else prompts.has_box.flatten()
@@ -139,7 +141,7 @@ class SAMDecoder(nn.Module):
         if prompts.masks is not None:
             masks = prompts.masks.flatten(0, 1)[:, None]
             masks = F.interpolate(masks, (4 * grid[0], 4 * grid[1]), mode="bilinear", align_corners=False)
-            embedded = encoder.mask_downscaling(masks)
+            embedded = encoder.mask_downscaling(masks.to(weight.dtype))
             if prompts.has_mask is None:
                 dense = embedded
             else:

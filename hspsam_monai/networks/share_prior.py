@@ -47,6 +47,6 @@ class SharePrior(nn.Module):
     def forward(self, masks: Tensor, share: Tensor) -> Tensor:
         """Logits (B, N, H, W) and share (B, N, 1, h, w) in [0, 1] -> logits (B, N, H, W), float32."""
         z = torch.logit(share.float().clamp(_MARGIN, 1 - _MARGIN)).flatten(0, 1)
-        known = (z + self.refine(z)).float().unflatten(0, share.shape[:2])[:, :, 0]
+        known = (z + self.refine(z.to(self.gate.dtype))).float().unflatten(0, share.shape[:2])[:, :, 0]
         known = F.interpolate(known, masks.shape[-2:], mode="bilinear", align_corners=False)
         return self.gate * masks.float() + known

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping
 from typing import Any
 
+import torch
 from monai.data import MetaTensor
 from monai.transforms import MapTransform
 from torch import Tensor
@@ -15,7 +16,8 @@ def fit_image(image: Tensor, size: int) -> Tensor:
     """Resize (B, C, H, W) to ``size`` x ``size``: bilinear with antialiasing, aspect ratio not kept (HSP-SAM)."""
     if tuple(image.shape[-2:]) == (size, size):
         return image
-    return F.interpolate(image, (size, size), mode="bilinear", antialias=True)
+    precise = torch.promote_types(image.dtype, torch.float32)  # antialiasing knows no 16-bit types on a CPU
+    return F.interpolate(image.to(precise), (size, size), mode="bilinear", antialias=True).to(image.dtype)
 
 
 class FitToNetworkd(MapTransform):
