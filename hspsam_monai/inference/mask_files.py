@@ -76,6 +76,14 @@ def palette_table(palette: np.ndarray) -> np.ndarray:
     return np.concatenate([palette[:1], np.resize(palette[1:], (255, 3))])
 
 
+def _has_palette(path: Path) -> bool:
+    try:
+        with Image.open(path) as picture:
+            return picture.mode == "P"
+    except OSError:
+        return False
+
+
 class SaveMaskd(SaveImaged):
     """Write each predicted mask as ``OUTPUT/[sub-folders/]STEM.png``, sub-folders as in the input.
 
@@ -94,8 +102,8 @@ class SaveMaskd(SaveImaged):
             ``None`` to raise.
 
     Raises:
-        DataError: the mask would replace a picture of the input, or that of another case of the same run. Links count
-            as what they are called, not as what they lead to.
+        DataError: the mask would replace a picture, or the mask of another case of the same run. Links count as what
+            they are called, not as what they lead to.
     """
 
     def __init__(
@@ -139,6 +147,8 @@ class SaveMaskd(SaveImaged):
         path = self.target(source, case)
         if path.exists() and source.exists() and path.samefile(source):
             raise DataError(f"{path} is the picture itself; expected another folder for the masks.")
+        if path.exists() and not _has_palette(path):
+            raise DataError(f"{path} is there and no palette PNG, so no mask of before; expected another folder.")
         if self._written.setdefault(path, source) != source:
             raise DataError(f"{path} holds the mask of {self._written[path]}; expected names that differ. Rename one.")
         path.parent.mkdir(parents=True, exist_ok=True)

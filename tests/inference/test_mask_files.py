@@ -54,6 +54,8 @@ def test_links_are_called_what_they_are_called(tmp_path):
     for number in (1, 2):
         save(item(tmp_path / "in" / f"patient{number}.jpg", f"patient{number}", torch.zeros(1, 2, 3)))
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["patient1.png", "patient2.png"]
+    with pytest.raises(DataError, match=r"holds the mask of .*patient2\.jpg"):
+        save(item(tmp_path / "in" / "patient2.png", "patient2", torch.zeros(1, 2, 3)))
 
 
 def test_what_cannot_be_written_is_named_and_the_rest_goes_on(tmp_path):
@@ -69,9 +71,14 @@ def test_what_cannot_be_written_is_named_and_the_rest_goes_on(tmp_path):
     save(item(tmp_path / "in" / "b.png", "b", torch.zeros(1, 2, 3)))  # a folder is in the way
     save(item(tmp_path / "in" / "c.png", "c", torch.zeros(1, 2, 3)))
     assert [case for case, _ in failures] == ["a", "b"] and (tmp_path / "out" / "c.png").is_file()
-    assert "the picture itself" in failures[0][1] and failures[1][1].endswith(f"{str(tmp_path / 'out' / 'b.png')!r}")
-    with pytest.raises(DataError, match="holds the mask of"):
-        SaveMaskd._write(save, item(None, "", torch.zeros(1, 2, 3)), tmp_path / "elsewhere" / "c.jpg", "c")
+    assert "the picture itself" in failures[0][1]
+    assert failures[1][1].startswith(f"{tmp_path / 'out' / 'b.png'} is there and no palette PNG")
+    save(item(tmp_path / "in" / "c.png", "c", torch.ones(1, 2, 3)))  # a mask of before gives way
+    assert len(failures) == 2 and read_mask(tmp_path / "out" / "c.png", 2).all()
+    (tmp_path / "file").touch()
+    save = SaveMaskd(tmp_path / "file" / "sub", tmp_path / "in", failures=failures)
+    save(item(tmp_path / "in" / "c.png", "c", torch.ones(1, 2, 3)))
+    assert str(tmp_path / "file") in failures[2][1]
 
 
 def test_folders_of_images_leave_no_trace(tmp_path):
