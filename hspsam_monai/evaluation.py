@@ -214,22 +214,23 @@ def raise_failures(dataset: TolerantDataset, saver: SaveMaskd | None = None) -> 
 
     Args:
         dataset: with its failures.
-        saver: what wrote the masks, to tell which failed cases still have one of an earlier run.
+        saver: what wrote the masks: its failures count, too, and it knows which failed cases still have a mask of an
+            earlier run.
 
     Raises:
         DataError: at least one case failed; everything else has been done.
     """
-    if not dataset.failures:
+    failures = dataset.failures + ([] if saver is None else saver.failures)
+    if not failures:
         return
     images = {} if saver is None else {case["case"]: case["image"] for case in dataset.data}
     listing = ""
-    for case, reason in dataset.failures:
+    for case, reason in failures:
         listing += f"\n  {case}: {reason}"
-        mask = saver.target(images[case], case) if case in images else None
-        if mask is not None and mask.is_file() and not mask.samefile(images[case]):
-            listing += f" ({mask} is an earlier run's.)"
-    done = len(dataset.data) - len(dataset.failures)
-    raise DataError(f"{len(dataset.failures)} of {len(dataset.data)} files failed, {done} are done:{listing}")
+        mask = saver.of_before(images[case], case) if (case, reason) in dataset.failures and case in images else None
+        listing += f" ({mask} is an earlier run's.)" if mask else ""
+    done = len(dataset.data) - len(failures)
+    raise DataError(f"{len(failures)} of {len(dataset.data)} files failed, {done} are done:{listing}")
 
 
 def _short(values: Any) -> str:

@@ -332,13 +332,15 @@ def score_folders(
     Raises:
         DataError: names every file that is unpaired, unreadable or does not match its partner, all at once.
     """
-    found, wanted = _mask_files(Path(predictions)), _label_files(Path(labels))
+    (found, _), (wanted, own_names) = _label_files(Path(predictions)), _label_files(Path(labels))
+    # A prediction may also be called as the mask is.
+    found = {own_names.get(name, name) if name not in wanted else name: file for name, file in found.items()}
     if Path(predictions).is_file() and Path(labels).is_file() and found and wanted:
         wanted = dict(zip(found, wanted.values(), strict=True))  # two single files pair whatever their names
     chosen = {*found, *wanted} if cases is None else set(cases)
     faults = [f"{name}: neither predicted nor labelled" for name in sorted(chosen - {*found, *wanted})]
     found, wanted = ({name: f for name, f in files.items() if name in chosen} for files in (found, wanted))
-    faults += [f"{found[name]}: no label of this name" for name in sorted(found.keys() - wanted.keys())]
+    faults += [f"{_first(found[name])}: no label of this name" for name in sorted(found.keys() - wanted.keys())]
     missed = [] if partial else sorted(wanted.keys() - found.keys())
     faults += [f"{_first(wanted[name])}: no prediction of this name" for name in missed]
     rows = []
@@ -346,9 +348,9 @@ def score_folders(
         try:
             pred, truth, spacing = _read_pair(found[name], wanted[name], num_classes)
             scores = score_masks(pred, truth, num_classes, spacing, surface=surface, tolerance=tolerance)
-            rows.append(CaseScore.from_scores(name, found[name], scores))
+            rows.append(CaseScore.from_scores(name, _first(found[name]), scores))
         except DataError as error:
-            faults.append(f"{found[name]}: {error}")
+            faults.append(f"{_first(found[name])}: {error}")
     if not rows and not faults:
         faults.append(f"no mask ({', '.join(MASK_SUFFIXES)}) in {predictions} and {labels}")
     if faults:
@@ -356,20 +358,37 @@ def score_folders(
     return rows
 
 
-def _label_files(root: Path) -> dict[str, Path | list[Path]]:
-    """Case name -> mask or masks, of a data set that :func:`hspsam_monai.data.find_cases` knows or of masks alone."""
+def _label_files(root: Path) -> tuple[dict[str, Path | list[Path]], dict[str, str]]:
+    """Masks of a data set that :func:`hspsam_monai.data.find_cases` knows, or of a folder of masks alone.
+
+    Returns:
+        Case name -> its mask or masks; and, of masks that the data set gives to a case, their own name -> the case's.
+    """
     decathlon = root if root.suffix.lower() == ".json" else root / DECATHLON_FILE
     if decathlon.is_file():
         items = read_decathlon(decathlon).items
-        return {name: item["label"] for name, item in items.items() if "label" in item}
+        cases = {name: _as_list(item["label"]) for name, item in items.items() if "label" in item}
+        others = _mask_files(decathlon.parent) if (decathlon.parent / "labelsTr").is_dir() else {}
+        return _named_by_case(others, cases)
     found = _mask_files(root)
     folders = [scan(root, with_splits=False)] if is_folder_set(root) else []
     if not folders and root.is_dir():
         folders = [scan(sub, f"{sub.name}/", with_splits=False) for sub in sub_sets(root)]
     cases = {folder.prefix + stem: masks for folder in folders for stem, masks in folder.masks.items()}
-    grouped = {path for masks in cases.values() for path in masks}
+    return _named_by_case(found, cases)
+
+
+def _named_by_case(
+    found: Mapping[str, Path], cases: Mapping[str, list[Path]]
+) -> tuple[dict[str, Path | list[Path]], dict[str, str]]:
+    case_of = {path: name for name, masks in cases.items() for path in masks}
+    own_names = {name: case_of[path] for name, path in found.items() if path in case_of}
     single = {name: masks[0] if len(masks) == 1 else masks for name, masks in cases.items()}
-    return {name: path for name, path in found.items() if path not in grouped} | single
+    return {name: path for name, path in found.items() if path not in case_of} | single, own_names
+
+
+def _as_list(label: Path | list[Path]) -> list[Path]:
+    return label if isinstance(label, list) else [label]
 
 
 def _first(label: Path | list[Path]) -> Path:
@@ -384,7 +403,7 @@ def _mask_files(root: Path) -> dict[str, Path]:
     paths = [f.relative_to(base) for f in files if f.is_file() and f.name.lower().endswith(MASK_SUFFIXES)]
     paths = [p for p in paths if not any(part.startswith(".") for part in p.parts)]  # unfinished writes
     if (base / "gallery.html").is_file():  # a run's contact sheet may lie among its masks, which have a palette
-        paths = [p for p in paths if p != Path("gallery.png") or _has_palette(base / p)]
+        paths = [p for p in paths if p != Path("gallery.png") or not _is_sheet(base / p)]
     paths = [p for p in paths if set(p.parent.parts) & set(MASK_FOLDERS)] or paths
     named: dict[str, Path] = {}
     twice = []
@@ -400,25 +419,25 @@ def _mask_files(root: Path) -> dict[str, Path]:
     return named
 
 
-def _has_palette(path: Path) -> bool:
+def _is_sheet(path: Path) -> bool:
     try:
         with Image.open(path) as picture:
-            return picture.mode == "P"
+            return picture.mode == "RGB"
     except OSError:
-        return True  # reading it names the fault
+        return False  # reading it as a mask names the fault
 
 
 def _read_pair(
-    pred: Path, truth: Path | list[Path], num_classes: int
+    pred: Path | list[Path], truth: Path | list[Path], num_classes: int
 ) -> tuple[np.ndarray, np.ndarray, list[float] | None]:
     """Read a prediction and its truth; volumes bring the spacing of their common grid."""
-    volumes = [file.name.lower().endswith(VOLUME_SUFFIXES) for file in (pred, _first(truth))]
+    volumes = [_first(files).name.lower().endswith(VOLUME_SUFFIXES) for files in (pred, truth)]
     if not any(volumes):
         return read_mask(pred, num_classes), read_mask(truth, num_classes), None
     if not all(volumes):
         raise DataError(f"one of it and {_first(truth)} is a picture, the other a volume.")
-    if isinstance(truth, list):
-        raise DataError(f"its label is {len(truth)} volumes ({truth[0]}, …); expected one.")
+    if isinstance(pred, list) or isinstance(truth, list):
+        raise DataError(f"its case has several volumes (label {_first(truth)}); expected one.")
     (pred_grid, pred_affine), (truth_grid, truth_affine) = (_read_volume(file) for file in (pred, truth))
     # A thousandth of a mm: headers store float32, and two writers round differently.
     if pred_grid.shape == truth_grid.shape and not np.allclose(pred_affine, truth_affine, atol=1e-3, rtol=0):

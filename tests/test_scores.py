@@ -229,7 +229,16 @@ def test_the_labels_of_a_data_set_pair_by_case(tmp_path):
         save(tmp_path / "list" / name, truth)
     entry = {"image": "img/one.png", "label": "lab/one_seg.png"}
     (tmp_path / "list" / "dataset.json").write_text(json.dumps({"training": [entry]}))
-    assert score_folders(tmp_path / "flat", tmp_path / "list", 2, cases=["one"])[0].mean_dice == 1
+    (tmp_path / "flat" / "two.png").unlink()
+    assert [row.case for row in score_folders(tmp_path / "flat", tmp_path / "list", 2)] == ["one"]
+    # Two annotators' data sets; predictions called as the masks are; a list that names no labels.
+    assert [row.case for row in score_folders(tmp_path / "union", tmp_path / "union", 2)] == ["src/one", "src/two"]
+    save(tmp_path / "alike/one_mask.png", truth)
+    assert [row.case for row in score_folders(tmp_path / "alike", tmp_path / "set", 2, partial=True)] == ["one"]
+    save(tmp_path / "nnunet/labelsTr/c.png", truth)
+    (tmp_path / "nnunet" / "dataset.json").write_text(json.dumps({"numTraining": 1}))
+    save(tmp_path / "c/c.png", truth)
+    assert [row.case for row in score_folders(tmp_path / "c", tmp_path / "nnunet", 2)] == ["c"]
 
 
 def test_a_case_may_be_called_gallery(tmp_path):

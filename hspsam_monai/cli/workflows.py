@@ -109,7 +109,7 @@ def evaluate(
     values |= {
         "dataset_dir": str(_resolved(data)),
         "val_split": split,
-        "model": str(found.path),
+        "model": str(_resolved(found.path)),
         "output_dir": str(output),
     }
     values |= {"device": device_setting(device)} if device else {}
@@ -150,7 +150,7 @@ def segment(
     source, output = _resolved(source), _resolved(output)
     if source == output or (source.exists() and output.exists() and source.samefile(output)):
         raise ConfigError(f"{output} is the input as well; expected another folder for the masks.")
-    values |= {"dataset_dir": str(source), "model": str(found.path), "output_dir": str(output)}
+    values |= {"dataset_dir": str(source), "model": str(_resolved(found.path)), "output_dir": str(output)}
     values |= {} if flips is None else {"flips": flips}
     values |= {"device": device_setting(device)} if device else {}
     run_workflow(files, "infer", found.network | values)
@@ -270,10 +270,8 @@ def _resolved(path: str | Path) -> Path:
     Raises:
         ConfigError: it has a mark that MONAI would replace wherever it stands in a text.
     """
-    if re.search(r"[@%](#|::)", str(path)):
-        raise ConfigError(
-            f"{path}: found a mark that MONAI's configurations take for a reference; choose another name."
-        )
+    if re.search(r"#|[@%]::", str(path)):
+        raise ConfigError(f"{path}: found # or a mark that MONAI's configurations replace; expected another name.")
     return Path(os.path.abspath(Path(path).expanduser()))  # noqa: PTH100, resolve() would follow links
 
 

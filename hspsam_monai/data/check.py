@@ -331,7 +331,8 @@ def _draw(jobs: list[_Job]) -> None:
             sets.setdefault(job.prefix, {})[job.case] = job.digest
         elif job.split:
             splits.setdefault(job.split, []).append(job.case)
-    known = sides_of({job.case: job.digest for job in jobs if job.split}, splits)
+    # A list's own test cases are not asked where no split is given: a copy of one among the others is a fault.
+    known = sides_of({job.case: job.digest for job in jobs if job.split and job.prefix not in sets}, splits)
     sides = {case: side for own in draw_sides(list(sets.values()), 0.2, 0, known) for case, side in own.items()}
     for job in jobs:
         job.split = sides.get(job.case, job.split)

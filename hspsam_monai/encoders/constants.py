@@ -80,7 +80,7 @@ def _tracing() -> bool:
 def _may_keep(sources: Sequence[Tensor]) -> bool:
     if any(source.is_cuda for source in sources) and torch.cuda.is_current_stream_capturing():
         return False
-    return not any(source.is_inference() for source in sources)
+    return not any(source.is_inference() or type(source).__name__ == "FakeTensor" for source in sources)
 
 
 def probe(source: Tensor) -> float:

@@ -76,7 +76,8 @@ def palette_table(palette: np.ndarray) -> np.ndarray:
     return np.concatenate([palette[:1], np.resize(palette[1:], (255, 3))])
 
 
-def _has_palette(path: Path) -> bool:
+def has_palette(path: Path) -> bool:
+    """Whether a file is a picture with a palette, as masks are."""
     try:
         with Image.open(path) as picture:
             return picture.mode == "P"
@@ -98,8 +99,10 @@ class SaveMaskd(SaveImaged):
         root: folder of the inputs; their sub-folders below it are kept. A file's own folder stands for itself.
         key: key of the prediction, class indices (1, H, W), on any device.
         image_key: key of the image whose meta data name the source file.
-        failures: list that takes (case, reason) of every mask that could not be written, while the others go on;
-            ``None`` to raise.
+        tolerant: a mask that cannot be written is recorded in ``failures`` while the others go on, instead of raising.
+
+    Attributes:
+        failures: (case, reason) of every mask that was not written.
 
     Raises:
         DataError: the mask would replace a picture, or the mask of another case of the same run. Links count as what
@@ -112,13 +115,14 @@ class SaveMaskd(SaveImaged):
         root: str | Path,
         key: str = "pred",
         image_key: str = "image",
-        failures: list[tuple[str, str]] | None = None,
+        tolerant: bool = False,
     ) -> None:
         super().__init__(keys=key, output_dir=output_dir, print_log=False)
         root = Path(root).expanduser().absolute()
         self.output_dir = Path(output_dir)
         self.root = root if root.is_dir() else root.parent
-        self.image_key, self.failures = image_key, failures
+        self.image_key, self.tolerant = image_key, tolerant
+        self.failures: list[tuple[str, str]] = []
         self._written: dict[Path, Path] = {}
 
     def target(self, source: str | Path, case: str = "") -> Path:
@@ -129,6 +133,11 @@ class SaveMaskd(SaveImaged):
         name = source.name if case == source.name else source.stem
         return self.output_dir.joinpath(*parts, name + ".png")
 
+    def of_before(self, source: str | Path, case: str = "") -> Path | None:
+        """The mask that an earlier run left where that of ``source`` would go."""
+        path = self.target(source, case)
+        return path if path not in self._written and path.is_file() and has_palette(path) else None
+
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Write one case and pass it on, with ``saved_to`` added."""
         data = dict(data)
@@ -136,7 +145,7 @@ class SaveMaskd(SaveImaged):
         try:
             data["saved_to"] = str(self._write(data, source, case))
         except (DataError, OSError) as error:
-            if self.failures is None or getattr(error, "errno", None) in _HOPELESS:
+            if not self.tolerant or getattr(error, "errno", None) in _HOPELESS:
                 raise
             logger.error("Not written: the mask of %s: %s", case or source.name, error)
             self.failures.append((case or source.name, str(error)))
@@ -147,9 +156,11 @@ class SaveMaskd(SaveImaged):
         path = self.target(source, case)
         if path.exists() and source.exists() and path.samefile(source):
             raise DataError(f"{path} is the picture itself; expected another folder for the masks.")
-        if path.exists() and not _has_palette(path):
+        if path.exists() and not has_palette(path):
             raise DataError(f"{path} is there and no palette PNG, so no mask of before; expected another folder.")
-        if self._written.setdefault(path, source) != source:
+        if self._written.get(path, source) != source:
             raise DataError(f"{path} holds the mask of {self._written[path]}; expected names that differ. Rename one.")
         path.parent.mkdir(parents=True, exist_ok=True)
-        return write_mask_png(path, mask.astype(np.uint8))
+        write_mask_png(path, mask.astype(np.uint8))
+        self._written[path] = source
+        return path

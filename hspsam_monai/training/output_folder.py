@@ -12,6 +12,13 @@ RECORD = "environment.json"
 #: What tells a folder that holds a trained model.
 MODELS = ("last.pt", "model.pt")
 
+#: Folders of images and of labels inside a data set.
+PARTS = ("images", "masks", "imagesTr", "imagesTs", "labelsTr", "labelsTs")
+
+
+def _is_set(path: Path) -> bool:
+    return is_folder_set(path) or (path / DECATHLON_FILE).is_file()
+
 
 def check_output(folder: str | Path, resume: bool | None = None) -> None:
     """Refuse an output folder before anything is written into it; called first by every configuration.
@@ -29,8 +36,10 @@ def check_output(folder: str | Path, resume: bool | None = None) -> None:
         raise ConfigError(f"{folder}: found ~, which only a shell expands; expected the full path.")
     path = Path(folder).resolve()
     # A folder masks/ beside images/ may be the results of an earlier run, which left its record there.
-    inside = path.name in {"images", "masks"} and is_folder_set(path.parent) and not (path / RECORD).is_file()
-    if inside or is_folder_set(path) or (path / DECATHLON_FILE).is_file():
+    inside = not (path / RECORD).is_file() and any(
+        part.name in PARTS and _is_set(part.parent) for part in (path, *path.parents)
+    )
+    if inside or _is_set(path):
         raise ConfigError(
             f"{folder} is {'part of ' if inside else ''}a data set, whose files could be overwritten; expected another "
             "folder for results."

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from monai.bundle import ConfigParser, ConfigWorkflow, verify_metadata, verify_net_in_out
+from monai.transforms import SaveImaged
 
 from hspsam_monai.data import find_cases, read_mask, write_phantoms
 
@@ -94,6 +95,15 @@ def test_no_property_is_missing_or_wrongly_wired(bundle, names, kind, phantoms):
     workflow = ConfigWorkflow(configs(bundle, *names), workflow_type=kind, **override)
     workflow.initialize()
     assert workflow.check_properties() == []
+
+
+def test_post_processing_is_built_alone(bundle, monkeypatch, tmp_path):
+    """As MONAI Label asks for it, wherever its server runs and without any data set."""
+    monkeypatch.chdir(tmp_path)
+    parser = ConfigParser()
+    parser.read_config(configs(bundle, "inference"))
+    found = parser.get_parsed_content("postprocessing", instantiate=True)
+    assert [isinstance(step, SaveImaged) for step in found.transforms] == [False, False, True]
 
 
 def test_every_network_builds_without_file_or_network_access(bundle, monkeypatch):

@@ -371,8 +371,8 @@ class TestUse:
         assert "is the picture itself" in result.stderr and picture.read_bytes() == before
         result = hspsam("segment", phantoms / "images", phantoms / "masks", "--model", run, code=2)
         assert "part of a data set" in result.stderr
-        result = hspsam("segment", picture, tmp_path / "q@#1", "--model", run, code=2)
-        assert "take for a reference" in result.stderr
+        result = hspsam("segment", picture, tmp_path / "out#1", "--model", run, code=2)
+        assert "expected another name" in result.stderr
 
     def test_unknown_device(self, phantoms: Path, run: Path, tmp_path: Path):
         result = hspsam("segment", phantoms / "images", tmp_path, "--model", run, "--device", "gpu", code=2)

@@ -9,7 +9,7 @@ import tifffile
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 
-from hspsam_monai.data import check_dataset, write_phantoms
+from hspsam_monai.data import check_dataset, find_cases, write_phantoms
 from hspsam_monai.errors import ConfigError
 
 
@@ -144,6 +144,17 @@ def test_copies_in_folders_without_splits_are_drawn_to_one_side(tmp_path):
     assert report.ok and [finding.kind for finding in report.warnings] == ["duplicate"] * 6
     (tmp_path / "u" / "one" / "splits.json").write_text(json.dumps({"train": [f"other_c{i}" for i in range(6)]}))
     assert kinds(check_dataset(tmp_path / "u").faults) == [("duplicate", f"two/images/c{i}.png") for i in (4, 5)]
+
+
+def test_a_test_case_among_the_others_of_a_list_is_a_fault(tmp_path):
+    """The draw is find_cases' own, which does not know the list's test cases."""
+    root = good_set(tmp_path / "d", 10, splits=False)
+    (root / "images" / "t.png").write_bytes((root / "images" / "c0.png").read_bytes())
+    training = [{"image": f"images/c{i}.png", "label": f"masks/c{i}.png"} for i in range(10)]
+    (root / "dataset.json").write_text(json.dumps({"training": training, "test": ["images/t.png"]}))
+    train = [case["case"] for case in find_cases(root, "train")]
+    report = check_dataset(root)
+    assert "c0" in train and kinds(report.faults) == [("duplicate", "images/t.png")]
 
 
 def test_union_and_nothing(tmp_path):

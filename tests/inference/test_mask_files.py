@@ -62,23 +62,27 @@ def test_what_cannot_be_written_is_named_and_the_rest_goes_on(tmp_path):
     (tmp_path / "in").mkdir()
     for name in ("a.png", "b.png"):
         (tmp_path / "in" / name).write_bytes(b"a picture")
-    failures = []
-    save = SaveMaskd(tmp_path / "in", tmp_path / "in", failures=failures)
+    save = SaveMaskd(tmp_path / "in", tmp_path / "in", tolerant=True)
     save(item(tmp_path / "in" / "a.png", "a", torch.zeros(1, 2, 3)))  # would replace the picture
     assert (tmp_path / "in" / "a.png").read_bytes() == b"a picture"
+    assert "the picture itself" in save.failures[0][1] and save.of_before(tmp_path / "in" / "a.png", "a") is None
     (tmp_path / "out" / "b.png").mkdir(parents=True)
-    save = SaveMaskd(tmp_path / "out", tmp_path / "in", failures=failures)
+    save = SaveMaskd(tmp_path / "out", tmp_path / "in", tolerant=True)
     save(item(tmp_path / "in" / "b.png", "b", torch.zeros(1, 2, 3)))  # a folder is in the way
     save(item(tmp_path / "in" / "c.png", "c", torch.zeros(1, 2, 3)))
-    assert [case for case, _ in failures] == ["a", "b"] and (tmp_path / "out" / "c.png").is_file()
-    assert "the picture itself" in failures[0][1]
-    assert failures[1][1].startswith(f"{tmp_path / 'out' / 'b.png'} is there and no palette PNG")
-    save(item(tmp_path / "in" / "c.png", "c", torch.ones(1, 2, 3)))  # a mask of before gives way
-    assert len(failures) == 2 and read_mask(tmp_path / "out" / "c.png", 2).all()
+    assert [case for case, _ in save.failures] == ["b"] and (tmp_path / "out" / "c.png").is_file()
+    assert save.failures[0][1].startswith(f"{tmp_path / 'out' / 'b.png'} is there and no palette PNG")
+    again = SaveMaskd(tmp_path / "out", tmp_path / "in", tolerant=True)
+    assert again.of_before(tmp_path / "in" / "c.png", "c") == tmp_path / "out" / "c.png"
+    again(item(tmp_path / "in" / "c.png", "c", torch.ones(1, 2, 3)))  # a mask of before gives way
+    assert not again.failures and read_mask(tmp_path / "out" / "c.png", 2).all()
+    assert again.of_before(tmp_path / "in" / "c.png", "c") is None
     (tmp_path / "file").touch()
-    save = SaveMaskd(tmp_path / "file" / "sub", tmp_path / "in", failures=failures)
+    save = SaveMaskd(tmp_path / "file" / "sub", tmp_path / "in", tolerant=True)
     save(item(tmp_path / "in" / "c.png", "c", torch.ones(1, 2, 3)))
-    assert str(tmp_path / "file") in failures[2][1]
+    assert str(tmp_path / "file") in save.failures[0][1]
+    with pytest.raises(OSError):
+        SaveMaskd(tmp_path / "file" / "sub", tmp_path / "in")(item("c.png", "c", torch.ones(1, 2, 3)))
 
 
 def test_folders_of_images_leave_no_trace(tmp_path):

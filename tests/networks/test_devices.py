@@ -54,6 +54,15 @@ def check(moved, network, *inputs, **options):
             assert logits.device == CUDA and logits.shape == (2, network.num_classes, 64, 64)
 
 
+def test_shapes_can_be_estimated_on_the_cpu_too():
+    mode, network = FakeTensorMode(), HSPSAM("mobile_sam", 64).eval()
+    with FakeCopyMode(mode):
+        fake = copy.deepcopy(network)
+    with mode, torch.no_grad():
+        for _ in range(2):
+            assert fake(torch.rand(1, 3, 64, 64)).shape == (1, 2, 64, 64)
+
+
 def test_the_check_finds_a_tensor_on_the_wrong_device(moved):
     class Careless(torch.nn.Linear):
         def forward(self, x):

@@ -18,7 +18,8 @@ def test_a_data_set_and_its_parts_are_refused(data, tmp_path, resume):
     (tmp_path / "list").mkdir()
     (tmp_path / "list" / "dataset.json").write_text("{}")
     (tmp_path / "link").symlink_to(data / "masks")
-    for folder in (data, data / "masks", data / "images", tmp_path / "list", tmp_path / "link"):
+    parts = [tmp_path / "list" / name for name in ("", "labelsTr", "imagesTr", "labelsTr/deep")]
+    for folder in (data, data / "masks", data / "images", data / "masks" / "a", tmp_path / "link", *parts):
         with pytest.raises(ConfigError, match="data set, whose files could be overwritten"):
             check_output(folder, resume)
     for folder in (data / "results", tmp_path / "masks", tmp_path / "none" / "yet"):
