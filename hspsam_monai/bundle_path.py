@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import site
 import sys
 from pathlib import Path
 
@@ -15,7 +16,7 @@ def bundle_root() -> Path:
     """Folder of the bundle.
 
     Looked for in this order: ``$HSPSAM_BUNDLE``; the bundle whose configuration is being run by MONAI (a copy keeps
-    its own model); ``bundle/`` beside the package (source checkout); the folder a wheel installs.
+    its own model); ``bundle/`` beside the package (source checkout); the folders a wheel installs.
 
     Raises:
         ConfigError: none of these holds ``configs/metadata.json``.
@@ -25,7 +26,11 @@ def bundle_root() -> Path:
         *([Path(named)] if named else []),
         *_running(),
         Path(__file__).resolve().parents[1] / "bundle",
-        Path(sys.prefix) / "share" / "hspsam_monai" / "bundle",
+        # Where a wheel puts it: in an environment, a user's folder (--user), a folder of one's own (--target).
+        *(
+            Path(base) / "share" / "hspsam_monai" / "bundle"
+            for base in (sys.prefix, site.getuserbase(), Path(__file__).resolve().parents[1])
+        ),
     ]
     for folder in candidates:
         if (folder / _MARK).is_file():

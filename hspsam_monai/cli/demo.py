@@ -32,6 +32,7 @@ SETTINGS = {
 #: How train.json infers, so that before and after differ in the weights alone.
 ALIKE = {"min_confidence": 0.0, "scales": [1]}
 MARK = "demo.json"
+_LABELS = {"background": 0, "foreground": 1}
 _PARTS = ("data", "unseen", "images", "before", "run", "after", "masks")
 
 
@@ -48,15 +49,17 @@ def run_demo(
         seed: of phantoms and training.
 
     Raises:
-        DataError: ``output`` holds something else, or the data set has faults.
+        DataError: ``output`` holds something else or the data set itself, or the data set has faults.
     """
     begin = time.monotonic()
+    if data is not None:  # before anything of an earlier demo is removed
+        if data.expanduser().resolve().is_relative_to(output.expanduser().resolve()):
+            raise DataError(f"{data} lies in {output}, whose earlier demo would be removed; choose another --output.")
+        workflows.require_good_data(data, _LABELS, 2)
     _clear(output)
+    known, unseen, split = _phantoms(output, count or COUNT, seed) if data is None else (data, data, "val")
     if data is None:
-        known, unseen, split = _phantoms(output, count or COUNT, seed)
-    else:
-        known, unseen, split = data, data, "val"
-    workflows.require_good_data(known, {"background": 0, "foreground": 1}, 2)
+        workflows.require_good_data(known, _LABELS, 2)
     start = _start()
     before = None
     if start == "shipped":

@@ -22,7 +22,7 @@ def export(model: str | Path, target: str | Path) -> tuple[float, int]:
         The largest difference of a logit from PyTorch, and the side of the images.
 
     Raises:
-        ConfigError: a package is missing, or the target is no ``.onnx`` file.
+        ConfigError: a package is missing, the target is no ``.onnx`` file, or the network prompts itself as it goes.
         WeightsError: there is no such model.
         ExportError: the exported file computes something else.
     """
@@ -33,6 +33,12 @@ def export(model: str | Path, target: str | Path) -> tuple[float, int]:
     if target.suffix != ".onnx":
         raise ConfigError(f"The target is {target}; expected a file name that ends in .onnx.")
     found = find_model(model)
+    kind = str(found.network["network_def"]["_target_"]).rpartition(".")[2]
+    if kind == "ProxyPrompt" or (kind == "SAMSP" and found.network["network_def"].get("steps", 1)):
+        raise ConfigError(
+            f"{found.path} is a {kind} whose prompts are made of what it finds, which has no fixed graph; expected "
+            "HSP-SAM, a plain decoder or SAM-SP with steps=0."
+        )
 
     from monai.bundle import ConfigParser
 

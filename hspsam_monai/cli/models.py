@@ -51,6 +51,7 @@ def find_model(source: str | Path | None, supports: bool = False) -> Model:
         ConfigError: its ``network.json`` is not one a training writes, or its network takes no supports.
     """
     path = model_path(source, supports)
+    supports = supports or path.resolve() == shipped_model(supports=True)
     overlay = path.parent / OVERLAY
     network = read_overlay(overlay) if overlay.is_file() else _shipped_network(supports)
     model = Model(path.resolve(), _BEFORE | network)

@@ -22,8 +22,13 @@ OPTIONS = {
     "model": "--model",
     "support_dir": "--support",
 }
-#: Smallest values of settings that a training would only fail on later, at 0 above it.
-_LEAST = {"batch_size": 1, "accumulation_steps": 1, "epochs": 1, "val_interval": 1, "image_size": 32, "lr": 0}
+#: Smallest values of settings that a training would only fail on later, or silently do something else.
+_LEAST = {
+    "image_size": 32,
+    **dict.fromkeys(("batch_size", "accumulation_steps", "epochs", "val_interval"), 1),
+    **dict.fromkeys(("patience", "num_workers", "seed", "warmup", "weight_decay", "power", "encoder_lr_scale"), 0),
+}
+_ABOVE_0 = ("lr", "ema")
 _WORDS = {"true": True, "false": False, "null": None, "none": None}
 
 
@@ -160,8 +165,10 @@ def _check_kind(key: str, value: Any, old: Any) -> None:
     else:
         wrong = None
     least = _LEAST.get(key)
-    if not wrong and least is not None and number and (value < least or (least == 0 and value == 0)):
-        wrong = "more than 0" if least == 0 else f"{least} or more"
+    if not wrong and number and least is not None and value < least:
+        wrong = f"{least} or more"
+    if not wrong and number and key in _ABOVE_0 and not (value > 0 and (key != "ema" or value < 1)):
+        wrong = "a number above 0 and below 1" if key == "ema" else "a number above 0"
     if wrong:
         raise ConfigError(f"{key}: found {value!r}; expected {wrong}.")
 

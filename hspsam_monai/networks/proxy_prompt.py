@@ -52,6 +52,7 @@ CONTEXT = ("context_keys", "context_values", "context_reference", "context_print
 
 _CALIBRATORS = 16  # supports that stand in as targets when the reference distance is measured
 _ROUNDING = 1e-4  # resampling white leaves 1 + 2^-23
+_COPY = 1e-3  # below this a support is another once more, and says nothing of how far apart they are
 _LEAST_DISTANCE = 0.02  # copies among the supports must not make every other image look far
 
 
@@ -237,11 +238,13 @@ class ProxyPrompt(nn.Module):
         cells = len(keys) // len(supports)
         shares = values.unflatten(1, (-1, WIDTH + 1))[..., -1]
         keep = choose_cells(keys, shares, len(keys) if max_cells is None else max_cells)
+        distances: list[Tensor] = []
         if len(supports) > 1:  # each in turn is a target of what is kept of the others
             each = keys.split(cells)[:_CALIBRATORS]
             others = [keep[keep // cells != index] for index in range(len(each))]
             distances = [_distance(own, keys[rest]) for own, rest in zip(each, others, strict=True) if len(rest)]
-        else:  # nothing to leave out: its mirror image is the nearest other picture there is
+            distances = [distance for distance in distances if distance > _COPY]
+        if not distances:  # one support or its copies: its mirror image is the nearest other picture there is
             mirror = fit_image(supports[0][0][None], self.image_size).flip(-1)
             distances = [_distance(unit_cells(self._embed(mirror))[0], keys[keep])]
         self.context_keys, self.context_values = keys[keep], values[keep]

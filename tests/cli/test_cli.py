@@ -275,7 +275,9 @@ class TestTrain:
         ("words", "message"),
         [
             (["batch_size=0"], "batch_size: found 0; expected 1 or more"),
-            (["lr=0"], "lr: found 0; expected more than 0"),
+            (["lr=0"], "lr: found 0; expected a number above 0"),
+            (["ema=1"], "ema: found 1; expected a number above 0 and below 1"),
+            (["patience=-1"], "patience: found -1; expected 0 or more"),
             (['labels={"a": 1, "b": 2}'], "background 0 and the others 1, 2"),
             (['labels={"a": 0, "b": "c"}'], "background 0 and the others 1, 2"),
             (["--task", "many"], "expected a network that takes them"),
@@ -380,6 +382,17 @@ class TestUse:
 
 
 class TestExport:
+    @pytest.mark.parametrize("network", [{"_target_": "hspsam_monai.networks.SAMSP"}, None])
+    def test_networks_without_a_fixed_graph_are_refused_at_once(self, tmp_path: Path, bundle: Path, network):
+        pytest.importorskip("onnxscript")
+        model = bundle / "models" / "proxy_prompt.safetensors"
+        if network is not None:
+            model = tmp_path / "model.pt"
+            model.touch()
+            (tmp_path / "network.json").write_text(json.dumps({"labels": {"a": 0, "b": 1}, "network_def": network}))
+        result = hspsam("export", model, tmp_path / "out.onnx", code=2)
+        assert "no fixed graph" in result.stderr and not (tmp_path / "out.onnx").exists()
+
     def test_what_is_missing_is_named_before_any_work(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         assert "ends in .onnx" in hspsam("export", "shipped", tmp_path / "model.pt", code=2).stderr
         assert "No model at" in hspsam("export", tmp_path / "no.pt", tmp_path / "m.onnx", code=1).stderr
@@ -463,6 +476,13 @@ class TestDemo:
             result = hspsam("demo", "--output", tmp_path / "demo", "--count", 10, "--epochs", 1)
             assert "Mean Dice on unseen images" in result.stdout
         assert (tmp_path / "demo" / "after" / "gallery.png").is_file()
+
+    def test_demo_keeps_what_is_there_until_the_data_is_good(self, tmp_path: Path):
+        data = write_phantoms(tmp_path / "demo" / "data", 4, size=(64, 64))
+        (tmp_path / "demo" / "demo.json").write_text("{}")
+        assert "lies in" in hspsam("demo", "--data", data, "--output", tmp_path / "demo", code=1).stderr
+        hspsam("demo", "--data", tmp_path / "none", "--output", tmp_path / "demo", code=1)
+        assert len(list((data / "images").iterdir())) == 4
 
     def test_demo_removes_nothing_of_others(self, tmp_path: Path):
         (tmp_path / "data").mkdir()

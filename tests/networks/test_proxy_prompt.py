@@ -350,3 +350,13 @@ def test_an_object_of_few_pixels_is_not_lost_between_samples():
     assert share.argmax() == 1 * 4 + 1 and 0 < share.max() < 0.1  # cell (1, 1), in one or few of its 256 pixels
     with pytest.raises(ConfigError, match="max_cells is 0"):
         network.set_context([torch.rand(3, 64, 64)], [torch.ones(64, 64)], max_cells=0)
+
+
+def test_a_repeated_support_changes_no_similarity(network):
+    torch.manual_seed(0)
+    image, mask, target = torch.rand(3, 64, 64), torch.ones(64, 64), torch.rand(1, 3, 64, 64)
+    found = []
+    for count in (1, 2, 3):
+        network.set_context([image] * count, [mask] * count)
+        found.append(float(network.similarity(target)))
+    assert found[1] == pytest.approx(found[0], abs=1e-4) and found[2] == pytest.approx(found[0], abs=1e-4)
