@@ -27,6 +27,7 @@ ORDER = (
     {"inference"},
     {"clinical"},
     {"scores"},
+    {"score_folders"},
     {"report"},
     {"evaluation"},
     {"cli"},

@@ -13,9 +13,9 @@ from scipy.spatial import cKDTree
 
 from hspsam_monai.errors import ConfigError, DataError
 from hspsam_monai.inference import write_mask_png
+from hspsam_monai.score_folders import score_folders
 from hspsam_monai.scores import (
     CaseScore,
-    score_folders,
     score_masks,
     summarise,
     write_case_table,

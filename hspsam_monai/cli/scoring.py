@@ -45,7 +45,8 @@ def score(
         DataError: names every file that is unpaired, unreadable or does not match its partner.
     """
     from hspsam_monai.data import find_cases
-    from hspsam_monai.scores import score_folders, summarise
+    from hspsam_monai.score_folders import score_folders
+    from hspsam_monai.scores import summarise
 
     cases = None if split is None else [case["case"] for case in find_cases(labels, split)]
     rows = score_folders(

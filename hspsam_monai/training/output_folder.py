@@ -6,11 +6,12 @@ from pathlib import Path
 
 from hspsam_monai.data.layouts import DECATHLON_FILE, is_folder_set
 from hspsam_monai.errors import ConfigError, TrainingError
+from hspsam_monai.training.checkpoints import BEST, LAST
 
 #: What tells a folder of results, see :func:`hspsam_monai.training.write_record`.
 RECORD = "environment.json"
 #: What tells a folder that holds a trained model.
-MODELS = ("last.pt", "model.pt")
+MODELS = (LAST, BEST)
 
 #: Folders of images and of labels inside a data set.
 PARTS = ("images", "masks", "imagesTr", "imagesTs", "labelsTr", "labelsTs")
