@@ -6,7 +6,18 @@ from types import ModuleType
 __version__ = "0.1.0"
 
 #: Rooms of the package in the order data flows through them; each imports only from those before it.
-ROOMS = ("data", "transforms", "encoders", "networks", "training", "inference", "scores", "report", "evaluation")
+ROOMS = (
+    "data",
+    "transforms",
+    "encoders",
+    "networks",
+    "training",
+    "inference",
+    "scores",
+    "score_folders",
+    "report",
+    "evaluation",
+)
 _HELPERS = ("bundle_path", "workflow", "files", "errors")
 
 
