@@ -31,8 +31,8 @@ class RandCamera(RandomizableTransform):
         frame: probability of a black border: a circle, an octagon-like crop or bars.
         text: probability of burnt-in marks (bright or coloured glyph-like blocks near the border).
 
-    Input and output: (3, H, W) float in [0, 1], on any device. The mask is untouched: what a frame hides is not
-    removed from it by this class; :class:`RandCamerad` clears the label there.
+    Input and output: (3, H, W) float in [0, 1], on any device. The mask is untouched: what a frame or an inset hides is
+    not removed from it by this class; :class:`RandCamerad` clears the label there.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class RandCamera(RandomizableTransform):
         return self.apply(image)[0]
 
     def apply(self, image: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The drawn effects on (3, H, W); also the visible field (1, H, W) of a frame, or ``None``."""
+        """The drawn effects on (3, H, W); also the field (1, H, W) still to be seen, or ``None`` for all of it."""
         x, on = plain(image), self._on
         height, width = x.shape[-2:]
         if on["blur"]:
@@ -136,20 +136,24 @@ class RandCamera(RandomizableTransform):
             field = inside[None].to(x.dtype)
             x = x * field
         if on["text"]:
-            x = _burn_in(x, np.random.RandomState(self._text_seed))
+            x, inset = _burn_in(x, np.random.RandomState(self._text_seed))
+            if inset is not None:
+                field = x.new_ones(1, height, width) if field is None else field
+                field[(slice(None), *inset)] = 0
         return x.clamp(0, 1), field
 
 
-def _burn_in(x: Tensor, r: np.random.RandomState) -> Tensor:
-    """Draw rows of glyph-like blocks (or one dark inset) near a border of (3, H, W)."""
+def _burn_in(x: Tensor, r: np.random.RandomState) -> tuple[Tensor, tuple[slice, slice] | None]:
+    """Draw rows of glyph-like blocks (or one dark inset) near a border of (3, H, W); also where an inset hides all."""
     x = x.clone()
     height, width = x.shape[-2:]
     if r.rand() < 0.25:  # the position display of some endoscopes: a dark or coloured box in a corner
         h, w = int(height * r.uniform(0.15, 0.35)), int(width * r.uniform(0.12, 0.35))
         top, left = (height - h) * r.randint(2), (width - w) * r.randint(2)
         colour = torch.tensor(r.choice([0.0, 0.0, 0.3], 3), dtype=x.dtype, device=x.device).view(3, 1, 1)
-        x[:, top : top + h, left : left + w] = colour
-        return x
+        inset = slice(top, top + h), slice(left, left + w)
+        x[(slice(None), *inset)] = colour
+        return x, inset
     size = max(4, int(height * r.uniform(0.02, 0.05)))
     rgb = [1.0, 1.0, 1.0] if r.rand() < 0.7 else r.rand(3)
     colour = torch.tensor(rgb, dtype=x.dtype, device=x.device).view(3, 1, 1)
@@ -164,11 +168,11 @@ def _burn_in(x: Tensor, r: np.random.RandomState) -> Tensor:
             shape = F.interpolate(cells, (size, max(2, int(size * 0.7))), mode="nearest")[0].to(x.device)
             window = x[:, y : y + shape.shape[1], z : z + shape.shape[2]]
             x[:, y : y + shape.shape[1], z : z + shape.shape[2]] = torch.where(shape > 0, colour, window)
-    return x
+    return x, None
 
 
 class RandCamerad(MapTransform, Randomizable):
-    """Dictionary version of :class:`RandCamera`; clears the label where a black frame hides the tissue.
+    """Dictionary version of :class:`RandCamera`; clears the label where a black frame or an inset hides the tissue.
 
     Args:
         image_key: key of the image (3, H, W) in [0, 1].

@@ -60,6 +60,7 @@ def test_each_effect_changes_the_image_on_its_own(frame, effect):
         camera.randomize()
         camera._on = {name: name == effect for name in EFFECTS}
         camera._frame = ("circle", 0.85, 0.0, 0.0)  # some frames are wider than the image
+        camera._text_seed = 0  # glyphs, no inset
         changed, field = camera.apply(frame[0])
         assert not torch.equal(changed, frame[0]) and changed.min() >= 0 and changed.max() <= 1
         assert (field is not None) == (effect == "frame")
@@ -89,6 +90,23 @@ def test_the_black_border_stays_black_under_colour():
     camera = RandCamera(1.0, **{**OFF, "colour": 1.0})
     for seed in range(8):
         assert not camera.set_random_state(seed)(image)[:, :, :8].any()
+
+
+def test_the_label_is_cleared_under_an_inset_and_kept_under_text(frame):
+    image, insets = frame[0].clamp(0.4, 0.9), 0  # no colour an inset has
+    for seed in range(40):
+        transform = RandCamerad(prob=1.0, **{**OFF, "text": 1.0}).set_random_state(seed)
+        found = transform({"image": image, "label": torch.ones(1, 64, 80)})
+        hidden = found["label"][0] == 0
+        if not hidden.any():
+            continue
+        insets += 1
+        box = found["image"][:, hidden]
+        assert torch.equal(box, box[:, :1].expand_as(box)) and box.max() < 0.4
+        assert torch.equal(found["image"][:, ~hidden], image[:, ~hidden])
+        ys, xs = hidden.nonzero().unbind(1)
+        assert len(ys) == (ys.max() - ys.min() + 1) * (xs.max() - xs.min() + 1)
+    assert 3 <= insets <= 20
 
 
 @pytest.mark.parametrize("kind", ["circle", "octagon", "bars"])
