@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from hspsam_monai.encoders.constants import Constants, KeepsConstants
 from hspsam_monai.errors import ConfigError
 
 
@@ -57,7 +58,7 @@ class Encoded(NamedTuple):
         return next(t for t in (*self.features.levels, self.features.embedding) if t is not None).device
 
 
-class Encoder(nn.Module):
+class Encoder(KeepsConstants):
     """Base of all image encoders.
 
     Subclasses set ``levels`` (shallow to deep) and implement :meth:`encode`; this class applies the
@@ -86,6 +87,7 @@ class Encoder(nn.Module):
                 f"image_size is {image_size}; {type(self).__name__} needs a positive multiple of {self.multiple}."
             )
         self.image_size = image_size
+        self._constants = Constants()
         # Constants of the architecture, not learned: kept out of the state dict so that official files match.
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(1, 3, 1, 1), persistent=False)

@@ -10,13 +10,13 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 T = TypeVar("T")
 
-#: Entries a :class:`Constants` holds: TinyViT makes about 80 for one input size, and images of ever new sizes must not
-#: fill the memory.
-CAPACITY = 512
+#: Entries and bytes a :class:`Constants` holds: TinyViT makes about 80 entries for one input size, and images of ever
+#: new sizes must not fill the memory.
+CAPACITY, BYTES = 512, 2**28
 
 
 class Constants:
@@ -30,15 +30,18 @@ class Constants:
 
     Nothing is kept while gradients are on, while torch compiles, exports or traces or a CUDA graph is being
     captured (their tensors are not ours to keep), or of parameters made under ``inference_mode`` (their changes cannot
-    be seen). Copies and pickles of the owner start empty.
+    be seen). Copies and pickles of the owner start empty. An owner whose parameters move forgets
+    (:class:`KeepsConstants`), or their old memory would stay.
     """
 
     def __init__(self) -> None:
         self._kept: dict[Hashable, tuple[list[tuple[Tensor, int, float]], Any]] = {}
+        self._bytes = 0
 
     def forget(self) -> None:
         """Compute everything anew from now on."""
         self._kept.clear()
+        self._bytes = 0
 
     def get(self, key: Hashable, sources: Sequence[Tensor], compute: Callable[[], T]) -> T:
         """Give the value of ``key``, computing it if it is not there or outdated.
@@ -60,17 +63,43 @@ class Constants:
         found = self._kept.get(key)
         if found is not None and _same(found[0], sources):
             return found[1]
+        # Looked at before, so that another thread's write meanwhile shows at the next call.
+        seen = [(source.detach(), source._version, probe(source)) for source in sources]
         value = compute()
-        if found is None and len(self._kept) >= CAPACITY:
-            self._kept.pop(next(iter(self._kept)))
-        self._kept[key] = ([(source.detach(), source._version, probe(source)) for source in sources], value)
+        self._drop(key)
+        self._kept[key] = (seen, value)
+        self._bytes += _size(value)
+        while len(self._kept) > 1 and (len(self._kept) > CAPACITY or self._bytes > BYTES):
+            self._drop(next(iter(self._kept), None))
         return value
+
+    def _drop(self, key: Hashable) -> None:
+        gone = self._kept.pop(key, None)
+        if gone is not None:
+            self._bytes -= _size(gone[1])
 
     def __deepcopy__(self, memo: dict) -> Constants:
         return Constants()
 
     def __reduce__(self) -> tuple[type[Constants], tuple[()]]:
         return Constants, ()
+
+
+class KeepsConstants(nn.Module):
+    """A module with ``_constants``, which forgets them when it moves or changes its number type."""
+
+    _constants: Constants
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        self._constants.forget()
+        return super()._apply(fn, recurse)
+
+
+def _size(value: Any) -> int:
+    """Bytes of a tensor, or of those in a tuple or list."""
+    if isinstance(value, Tensor):
+        return value.nbytes
+    return sum(map(_size, value)) if isinstance(value, tuple | list) else 0
 
 
 def _tracing() -> bool:

@@ -13,12 +13,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from hspsam_monai.encoders.constants import Constants
+from hspsam_monai.encoders.constants import Constants, KeepsConstants
 from hspsam_monai.encoders.layers import linear
 from hspsam_monai.errors import ConfigError
 
 
-class LoRALinear(nn.Linear):
+class LoRALinear(KeepsConstants, nn.Linear):
     """A linear layer with low-rank updates on chosen output rows.
 
     Args:

@@ -19,7 +19,6 @@ from torch.utils.checkpoint import checkpoint
 
 from hspsam_monai.encoders import attention
 from hspsam_monai.encoders.base import Encoder, Features, Level
-from hspsam_monai.encoders.constants import Constants
 from hspsam_monai.encoders.layers import apply_linear, linear
 from hspsam_monai.encoders.lora import apply_lora
 from hspsam_monai.errors import ConfigError
@@ -103,7 +102,6 @@ class SamViT(Encoder):
         )
         self.patch_embed, self.pos_embed = official.patch_embed, official.pos_embed
         self.blocks, self.neck = official.blocks, official.neck if embedding else None
-        self._constants = Constants()
         if lora_rank:
             apply_lora(self.blocks, lora_rank, _qv_rows)
 
@@ -164,8 +162,12 @@ class SamViT(Encoder):
         rel_h, rel_w = attention.relative_logits(q, self._table(attn.rel_pos_h, h), self._table(attn.rel_pos_w, w))
         extra = None
         if prompt is not None:
-            # The same for every image: projected once, then shared along the batch.
-            shared = attn.qkv(prompt).view(-1, 3, attn.num_heads, width // attn.num_heads).permute(1, 2, 0, 3)
+            # A constant of the task: projected once, then shared along the batch and from image to image.
+            shared = self._constants.get(
+                ("prompt", id(attn)),
+                [prompt, *attn.qkv.parameters()],
+                lambda: attn.qkv(prompt).view(-1, 3, attn.num_heads, width // attn.num_heads).permute(1, 2, 0, 3),
+            )
             prompt_q, prompt_k, prompt_v = shared[:, None].expand(-1, batch, -1, -1, -1).unbind(0)
             extra = attention.Extra(prompt_k, prompt_v, q=prompt_q if self.return_tokens else None)
         way = attention.choose(x.device.type, (h, w), rel_h.requires_grad)
@@ -249,7 +251,8 @@ def _attend_windows(attn: nn.Module, qkv: Tensor, table_h: Tensor, table_w: Tens
     extra = None
     if h < window or w < window:
         logit = attention.padding_logit(rel_h, rel_w, h, w)
-        _, pad_k, pad_v = attn.qkv.bias.to(q.dtype).view(3, 1, attn.num_heads, 1, -1).expand(-1, q.shape[0], -1, -1, -1)
+        bias = attn.qkv.bias() if callable(attn.qkv.bias) else attn.qkv.bias  # a method in a quantised layer
+        _, pad_k, pad_v = bias.to(q.dtype).view(3, 1, attn.num_heads, 1, -1).expand(-1, q.shape[0], -1, -1, -1)
         extra = attention.Extra(pad_k, pad_v, logit)
         rel_h, rel_w = rel_h[..., :h], rel_w[..., :w]
     way = attention.choose(qkv.device.type, (h, w), rel_h.requires_grad)

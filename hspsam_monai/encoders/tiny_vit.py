@@ -31,7 +31,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hspsam_monai.encoders.base import Encoder, Features, Level
-from hspsam_monai.encoders.constants import Constants
 from hspsam_monai.encoders.layers import add, apply_linear, gelu, pointwise
 from hspsam_monai.encoders.lora import apply_lora
 
@@ -83,7 +82,6 @@ class TinyViT(Encoder):
             Level(320, 4 * stem, 320),
         )
         self.return_tokens = return_tokens
-        self._constants = Constants()
         if lora_rank:
             apply_lora(self, lora_rank, _qv_rows)
 

@@ -170,7 +170,7 @@ def fetch(
         name: catalogue name.
         folder: where to put it; by default the first of :func:`search_folders`.
         progress: called with (bytes so far, total bytes or ``None``).
-        sha256: hash to demand where the catalogue has none.
+        sha256: hash to demand where the catalogue has none; where it has one, the two must agree.
 
     Returns:
         Its path. A file already there is verified and not downloaded again.
@@ -182,7 +182,11 @@ def fetch(
     entry = _entry(name)
     if entry is None:
         raise WeightsError(f"{name!r} is not in the catalogue; it has {', '.join(CATALOGUE)}.")
-    expected = (sha256 or entry.sha256 or "").lower()
+    if sha256 and entry.sha256 and sha256.lower() != entry.sha256:
+        raise WeightsError(
+            f"The catalogue knows {entry.file_name} by sha256 {entry.sha256}, not {sha256.lower()}; leave --sha256 out."
+        )
+    expected = (entry.sha256 or sha256 or "").lower()
     if not expected:
         raise WeightsError(
             f"No sha256 is known for {entry.file_name}, so a download cannot be checked. Give the one you "
@@ -218,6 +222,8 @@ def _download(url: str, path: Path, progress: Callable[[int, int | None], None] 
             done += len(chunk)
             if progress is not None:
                 progress(done, total)
+    if total is not None and done < total:
+        raise OSError(f"the connection ended after {done} of {total} bytes")
     return digest.hexdigest()
 
 
@@ -292,21 +298,33 @@ class KeyReport:
         return ", ".join([f"{len(self.loaded)} loaded", *(f"{n} {name}" for name, n in counts.items() if n)])
 
 
-def load_encoder(encoder: Encoder, source: str | Path, *, strict: bool = True) -> KeyReport:
+def locate_verified(source: str | Path) -> Path:
+    """Find a file as :func:`locate` does; what is asked for by its catalogue name must have the right hash.
+
+    Raises:
+        WeightsError: not found, or wrong hash.
+    """
+    by_name = _entry(source) is not None and not Path(source).is_file()
+    return verify(source).path if by_name else locate(source)
+
+
+def load_encoder(
+    encoder: Encoder, source: str | Path, *, strict: bool = True, state: dict[str, Tensor] | None = None
+) -> KeyReport:
     """Load official weights, or the encoder part of a checkpoint, into an encoder.
 
     Args:
         encoder: any :class:`Encoder`; its ``official_state`` adapts names and sizes.
         source: a path, or a catalogue name (then the file's hash must be right).
-        strict: refuse missing and unexpected keys of the encoder. Missing LoRA parameters are always
-            accepted: official files have none, and they start as the identity.
+        strict: refuse missing and unexpected keys of the encoder. A file without any LoRA parameter is accepted:
+            official files have none, and the updates become the identity.
+        state: what was read from ``source`` already.
 
     Raises:
         WeightsError: not found, wrong hash, unreadable, or keys or shapes that do not match.
     """
-    by_name = _entry(source) is not None and not Path(source).is_file()
-    path = verify(source).path if by_name else locate(source)
-    state = read_state(path)
+    path = locate_verified(source)
+    state = read_state(path) if state is None else state
     prefix, ignored = encoder.checkpoint_prefix, ()
     if any(key.startswith(prefix) for key in state):
         ignored = tuple(key for key in state if not key.startswith(prefix))
@@ -351,7 +369,7 @@ def _load(module: nn.Module, state: dict[str, Tensor], path: Path, strict: bool,
             f"the file and {tuple(own[key].shape)} in the network ({len(wrong)} such keys). Is it another "
             "variant or image size?"
         )
-    needed = [key for key in missing if "lora_" not in key]
+    needed = [key for key in missing if "lora_" not in key or any("lora_" in given for given in state)]
     if strict and needed:
         raise WeightsError(f"{path} lacks {_listing(needed)} that {type(module).__name__} needs.")
     if strict and unexpected:
@@ -359,6 +377,9 @@ def _load(module: nn.Module, state: dict[str, Tensor], path: Path, strict: bool,
     if not common:
         raise WeightsError(f"{path} has no key in common with {type(module).__name__}.")
     module.load_state_dict(common, strict=False)
+    for key in missing:
+        if "lora_b" in key:  # no update: what was trained before may not act on other weights
+            own[key].zero_()
     return replace(report, loaded=tuple(common), missing=missing, unexpected=unexpected)
 
 

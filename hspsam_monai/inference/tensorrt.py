@@ -8,7 +8,9 @@ convolutions read; the engine therefore refers to the encoder without registerin
 
 from __future__ import annotations
 
+import hashlib
 import logging
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -64,18 +66,21 @@ def compile_encoder(
     model: str | Path,
     precision: str = "tf32",
     batch: Sequence[int] = (1, 1, 8),
+    image_size: int | None = None,
 ) -> bool:
     """Let the network's image encoder run in TensorRT, in place; without TensorRT PyTorch runs it as before.
 
-    The engine is built at the first image (minutes) for that image size and kept beside the model as
-    ``MODEL.PRECISION.encoder.engine.plan``; it is built again when the model is newer. Call it after the weights are
-    loaded and the network is on its device. In either case LoRA is merged and the encoder takes no gradients any more.
+    The engine is built at the first image (minutes) and kept beside the model as
+    ``MODEL.PRECISION-SIZE-BATCH-HASH.encoder.engine.plan``: other weights, another size or another largest batch get an
+    engine of their own. Call it after the weights are loaded and the network is on its device. In either case LoRA is
+    merged and the encoder takes no gradients any more.
 
     Args:
         network: with an ``encoder``, in evaluation mode; its prompts are taken from ``prompter`` if it has one.
         model: the checkpoint; its folder must be writable where TensorRT is.
         precision: ``fp32``, ``tf32`` or ``bf16``.
         batch: least, usual and largest batch.
+        image_size: side of the images the engine will see; ``None``: the network's own.
 
     Returns:
         Whether TensorRT runs; the log says it too.
@@ -96,7 +101,9 @@ def compile_encoder(
         "timestamp": int(Path(model).stat().st_mtime) if Path(model).is_file() else None,
     }
     options = {key: value for key, value in options.items() if value is not None}
-    trt_compile(network, f"{model}.{precision}", args=options, submodule=["encoder.engine"])
+    size = network.image_size if image_size is None else image_size
+    base = f"{model}.{precision}-{size}-{'-'.join(map(str, batch))}-{_content(network)}"
+    trt_compile(network, base, args=options, submodule=["encoder.engine"])
     if not hasattr(encoder.engine, "_trt_compiler"):
         del encoder.engine
         logger.warning("TensorRT is not available here: the plain PyTorch model runs.")
@@ -107,11 +114,25 @@ def compile_encoder(
 
 
 def _through_engine(encoder: nn.Module) -> Any:
+    lock = threading.Lock()
+
     def forward(image: Tensor, prompts: Any = None) -> Features:
-        # The prompts are constants of the engine.
-        return encoder.engine.features(encoder.engine(image))
+        # The prompts are constants of the engine. It answers in buffers that the next call overwrites.
+        with lock:
+            flat = [value.clone() for value in encoder.engine(image.contiguous())]
+        return encoder.engine.features(flat)
 
     return forward
+
+
+def _content(network: nn.Module) -> str:
+    """What tells an engine's weights and prompts: eight digits of their hash."""
+    digest = hashlib.sha256()
+    for part in (network.encoder, getattr(network, "prompter", None)):
+        for name, value in sorted(part.state_dict().items()) if part is not None else ():
+            raw = value.detach().cpu().contiguous().flatten().view(torch.uint8)  # NumPy has no bfloat16
+            digest.update(name.encode() + raw.numpy().tobytes())
+    return digest.hexdigest()[:8]
 
 
 def _groups(features: Features) -> list[list[Tensor | None]]:

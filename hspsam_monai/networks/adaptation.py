@@ -21,9 +21,11 @@ def set_adaptation(encoder: nn.Module, adapt: str) -> None:
             ``lora`` (the same, and the low-rank updates) or ``full`` (everything).
 
     Raises:
-        ConfigError: unknown mode.
+        ConfigError: unknown mode, or ``lora`` without any low-rank update.
     """
     if adapt not in ADAPTATIONS:
         raise ConfigError(f"adapt is {adapt!r}; expected one of {', '.join(ADAPTATIONS)}.")
+    if adapt == "lora" and not any("lora_" in name for name, _ in encoder.named_parameters()):
+        raise ConfigError("adapt is 'lora' and lora_rank 0; expected a rank of 1 or more, or adapt 'frozen'.")
     for name, parameter in encoder.named_parameters():
         parameter.requires_grad_(adapt == "full" or (adapt == "lora" and "lora_" in name) or name.startswith("neck."))

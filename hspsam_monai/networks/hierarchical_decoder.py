@@ -14,7 +14,7 @@ from segment_anything.modeling.transformer import TwoWayTransformer
 from torch import Tensor, nn
 
 from hspsam_monai.encoders import Level
-from hspsam_monai.encoders.constants import Constants
+from hspsam_monai.encoders.constants import Constants, KeepsConstants
 from hspsam_monai.encoders.layers import Pointwise, add
 from hspsam_monai.errors import ConfigError
 from hspsam_monai.networks.layers import (
@@ -38,7 +38,7 @@ SLIM_HEAD = 32
 STYLES = ("paper", "slim")
 
 
-class HierarchicalDecoder(nn.Module):
+class HierarchicalDecoder(KeepsConstants):
     """From a pyramid of features and per-level prompts to class logits at the input's size.
 
     Args:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from hspsam_monai.encoders.weights import KeyReport, load_encoder, load_network, locate, read_state
+from hspsam_monai.encoders.weights import KeyReport, load_encoder, load_network, locate_verified, read_state
 from hspsam_monai.errors import WeightsError
 
 logger = logging.getLogger(__name__)
@@ -25,20 +25,24 @@ def load_pretrained(network: nn.Module, source: str | Path | None) -> KeyReport 
     Returns:
         The key report, ``None`` if nothing was loaded.
 
+    A context that a checkpoint of Proxy Prompt holds is left out: it belongs to that training's task and classes.
+
     Raises:
         WeightsError: the file is missing, altered or does not fit.
     """
     if not source:
         logger.warning("No pretrained weights given: the encoder starts from random values.")
         return None
-    path = locate(source)
+    path = locate_verified(source)
     state = read_state(path)
     # Every network keeps its encoder under this name; SAM's files keep theirs under "image_encoder." or at the top.
     if any(key.startswith("encoder.") for key in state):
+        if hasattr(network, "no_context"):
+            state |= network.no_context()
         report = _load_whole(network, path, state)
         logger.info("Loaded %s: %s.", path.name, report.summary())
         return report
-    report = load_encoder(network.encoder, source)
+    report = load_encoder(network.encoder, path, state=state)
     used = network.load_sam(state)
     logger.info("Loaded %s: encoder %s; and %d of SAM's own keys.", path.name, report.summary(), len(used))
     return report

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from hspsam_monai.encoders import Level
-from hspsam_monai.encoders.constants import Constants
+from hspsam_monai.encoders.constants import Constants, KeepsConstants
 from hspsam_monai.errors import ConfigError
 from hspsam_monai.networks.layers import mlp
 
@@ -34,7 +34,7 @@ class QueryToAnswer(nn.Module):
         return torch.stack([head(shared[..., i, :]) for i, head in enumerate(self.separate)], dim=-2)
 
 
-class HierarchicalPrompter(nn.Module):
+class HierarchicalPrompter(KeepsConstants):
     """Learned prompts at every level of the encoder that has attention to join.
 
     Args:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from hspsam_monai.encoders import build_encoder, sam_vit
+from hspsam_monai.encoders import build_encoder, constants, sam_vit
 from hspsam_monai.encoders.constants import CAPACITY, Constants
 from hspsam_monai.networks import HSPSAM
 
@@ -127,6 +127,60 @@ def test_copies_start_empty_and_memory_is_bounded():
     assert len(counted.constants._kept) == CAPACITY
     assert not copy.deepcopy(counted.constants)._kept
     assert not pickle.loads(pickle.dumps(counted.constants))._kept
+
+
+@torch.no_grad()
+def test_bytes_are_bounded_too(monkeypatch):
+    monkeypatch.setattr(constants, "BYTES", 1000)
+    kept, weight = Constants(), nn.Parameter(torch.ones(1))
+    for key in range(20):
+        kept.get(key, [weight], lambda: (weight + torch.zeros(25), weight + torch.zeros(25)))  # 200 bytes
+    assert len(kept._kept) == 5 and kept._bytes == 1000
+    assert kept.get("large", [weight], lambda: weight + torch.zeros(1000)).shape == (1000,)
+    assert len(kept._kept) == 1 and kept._bytes == 4000
+    kept.forget()
+    assert not kept._kept and not kept._bytes
+
+
+@torch.no_grad()
+def test_a_write_while_a_value_is_made_is_seen_afterwards():
+    kept, weight = Constants(), nn.Parameter(torch.ones(3))
+
+    def compute():
+        total = weight.sum()
+        weight.add_(1)  # what another thread may do meanwhile
+        return total
+
+    assert kept.get("a", [weight], compute) == 3
+    assert kept.get("a", [weight], weight.sum) == 6
+
+
+@pytest.mark.parametrize("name", ["mobile_sam", "sam_vit_b"])
+@torch.no_grad()
+def test_a_network_that_moves_lets_its_old_memory_go(name, monkeypatch):
+    monkeypatch.setitem(sam_vit.VARIANTS, "b", sam_vit.Variant(32, 4, 2, (0, 1, 2, 3)))
+    network = HSPSAM(name, image_size=64, decoder="slim", lora_rank=2).eval()
+    network(torch.rand(1, 3, 64, 64))
+    keepers = [module for module in network.modules() if hasattr(module, "_constants")]
+    assert {type(keeper).__name__ for keeper in keepers if keeper._constants._kept} >= {
+        "HierarchicalPrompter", "HierarchicalDecoder", "LoRALinear", type(network.encoder).__name__,
+    }  # fmt: skip
+    network.double()
+    assert not any(keeper._constants._kept for keeper in keepers)
+
+
+@torch.no_grad()
+def test_sam_vit_projects_its_prompts_once(monkeypatch):
+    monkeypatch.setitem(sam_vit.VARIANTS, "b", sam_vit.Variant(32, 4, 2, (0, 1, 2, 3)))
+    network, seen = HSPSAM("sam_vit_b", image_size=64, decoder="slim").eval(), []
+    for block in network.encoder.blocks:
+        block.attn.qkv.register_forward_hook(lambda _m, given, _out: seen.append(given[0].ndim))
+    image = torch.rand(1, 3, 64, 64)
+    first = network(image)
+    assert torch.equal(network(image), first)
+    assert seen.count(2) == 4  # prompts (P, D): one call a level, not one an image
+    network.prompter.queries[0].add_(1)
+    assert not torch.equal(network(image), first) and seen.count(2) == 5
 
 
 @pytest.mark.parametrize("source", ["static", "image"])

@@ -7,7 +7,8 @@ from torch import nn
 from hspsam_monai.encoders import sam_vit
 from hspsam_monai.encoders.lora import LoRALinear, apply_lora, merge_lora
 from hspsam_monai.encoders.sam_vit import SamViT, Variant
-from hspsam_monai.errors import ConfigError
+from hspsam_monai.encoders.weights import load_network, write_state
+from hspsam_monai.errors import ConfigError, WeightsError
 
 
 @pytest.fixture
@@ -54,6 +55,20 @@ def test_merged_equals_unmerged_with_official_names(pair):
     assert (merged - unmerged).abs().max() <= 1e-6 * unmerged.abs().max()
     assert set(adapted.state_dict()) == set(plain.state_dict())
     assert not any(isinstance(m, LoRALinear) for m in adapted.modules())
+
+
+def test_weights_without_updates_undo_the_trained_ones(pair, tmp_path):
+    """An official file behind a trained network is that file's encoder, not it plus what was trained on another."""
+    plain, adapted = pair
+    train(adapted)
+    image = torch.rand(1, 3, 64, 64)
+    write_state(tmp_path / "plain.pt", plain.state_dict())
+    report = load_network(adapted, tmp_path / "plain.pt")
+    assert torch.equal(adapted(image).embedding, plain(image).embedding) and len(report.missing) == 5 * 4
+    part = {key: value for key, value in adapted.state_dict().items() if "lora_a" not in key}
+    write_state(tmp_path / "part.pt", part)
+    with pytest.raises(WeightsError, match="lacks 10 keys"):
+        load_network(adapted, tmp_path / "part.pt")
 
 
 def test_only_q_and_v_change(pair):

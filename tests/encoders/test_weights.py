@@ -142,6 +142,17 @@ def test_fetch_keeps_only_the_right_file(tmp_path, monkeypatch):
     path = fetch("medsam", tmp_path, lambda *step: progress.append(step), right.upper())
     assert path.read_bytes() == b"weights" and progress == [(7, 7)]
     assert fetch("medsam", tmp_path, sha256=right) == path and len(calls) == 1  # already there
+    with pytest.raises(WeightsError, match=r"The catalogue knows mobile_sam\.pt by sha256"):
+        fetch("mobile_sam", tmp_path, sha256=right)
+
+
+def test_a_connection_that_ends_early_is_no_wrong_file(tmp_path, monkeypatch):
+    response = Response(b"weights")
+    response.headers["Content-Length"] = "1000"
+    monkeypatch.setattr(urllib.request, "urlopen", lambda url, **_: response)
+    with pytest.raises(WeightsError, match=r"the connection ended after 7 of 1000 bytes.*Try again"):
+        fetch("medsam", tmp_path, sha256="00" * 32)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_fetch_without_connection_is_named(tmp_path):

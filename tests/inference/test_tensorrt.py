@@ -61,13 +61,18 @@ def test_without_tensorrt_the_network_stays_and_the_log_says_so(network, tmp_pat
 
 @torch.no_grad()
 def test_a_compiled_engine_is_what_the_network_calls(tmp_path, caplog, monkeypatch):
-    """trt_compile replaced by a stand-in that counts, as no TensorRT is needed to see who is called."""
-    calls = []
+    """trt_compile replaced by a stand-in that counts and, like the real one, answers in buffers of its own."""
+    calls, buffers = [], {}
 
     def stand_in(model, base_path, args, submodule):
         engine = model.encoder.engine
         original = engine.forward
-        engine.forward = lambda image: (calls.append(tuple(image.shape)), list(original(image)))[1]
+
+        def forward(image):
+            calls.append(tuple(image.shape))
+            return [buffers.setdefault(i, torch.empty_like(x)).copy_(x) for i, x in enumerate(original(image))]
+
+        engine.forward = forward
         engine._trt_compiler = (base_path, args, submodule)
         return model
 
@@ -78,11 +83,31 @@ def test_a_compiled_engine_is_what_the_network_calls(tmp_path, caplog, monkeypat
     with caplog.at_level(logging.INFO):
         assert compile_encoder(network, tmp_path / "model.pt", "bf16", (1, 2, 4)) is True
     assert torch.equal(network(image), before) and calls == [(2, 3, 64, 64)]
+    encoded = network.encode(image)
+    network.encode(torch.rand(2, 3, 64, 64))
+    assert torch.equal(network.decode(encoded), before)  # not what the buffers hold now
     assert "TensorRT runs the image encoder (bf16, batch 1 to 4)" in caplog.text
     base, args, submodule = network.encoder.engine._trt_compiler
-    assert base.endswith("model.pt.bf16") and submodule == ["encoder.engine"]
+    assert "model.pt.bf16-64-1-2-4-" in base and submodule == ["encoder.engine"]
     assert args["dynamic_batchsize"] == [1, 2, 4] and args["timestamp"] > 0
     assert set(network.state_dict()) == names  # the engine owns nothing
+
+
+@torch.no_grad()
+def test_an_engine_is_that_of_its_weights_size_and_batch(tmp_path, monkeypatch):
+    bases = []
+    monkeypatch.setattr(
+        "hspsam_monai.inference.tensorrt.trt_compile", lambda model, base, args, submodule: bases.append(base)
+    )
+    network = build(prompt_source="image")
+    settings = [{}, {}, {"image_size": 96}, {"batch": (1, 1, 4)}]
+    for options in settings:
+        compile_encoder(network, tmp_path / "model.pt", **options)
+    network.prompter.queries[0].add_(1)
+    compile_encoder(network, tmp_path / "model.pt")
+    next(network.encoder.parameters()).add_(1)
+    compile_encoder(network, tmp_path / "model.pt")
+    assert bases[0] == bases[1] and len(set(bases)) == 5
 
 
 def test_float16_is_refused(tmp_path):

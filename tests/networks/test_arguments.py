@@ -21,6 +21,12 @@ def test_arguments_out_of_range(network, options, message):
         network("mobile_sam", image_size=64, **options)
 
 
+@pytest.mark.parametrize("network", [HSPSAM, SAMSP, ConvPyramidSAM])
+def test_lora_of_no_rank_is_no_adaptation(network):
+    with pytest.raises(ConfigError, match="adapt is 'lora' and lora_rank 0"):
+        network("mobile_sam", image_size=64, adapt="lora", lora_rank=0)
+
+
 def test_the_limits_themselves_are_accepted():
     check_arguments(2, 0.0, 3)
     check_arguments(256, 0.99)
