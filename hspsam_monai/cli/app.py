@@ -252,11 +252,11 @@ def score(
         tolerance=tolerance,
         partial=partial,
     )
-    scoring.show_scores(rows, summary)
     if csv_file is not None:
         write_case_table(csv_file, rows)
     if json_file is not None:
         write_summary(json_file, summary, {"predictions": predictions, "labels": labels, "split": split})
+    scoring.show_scores(rows, summary)
 
 
 @app.command()

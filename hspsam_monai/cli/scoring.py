@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
+from rich.text import Text
 
 from hspsam_monai.cli.console import out, say
 
@@ -64,7 +65,7 @@ def show_scores(rows: Sequence[CaseScore], summary: dict[str, Any]) -> None:
         table.add_column(_NAMES[name], justify="right")
     means = {row.case: {m: sum(getattr(row, m)) / len(getattr(row, m)) for m in metrics} for row in rows}
     for case in sorted(means, key=lambda case: (means[case]["dice"], case))[:_WORST]:
-        table.add_row(case, *(_number(name, means[case][name]) for name in metrics))
+        table.add_row(Text(case), *(_number(name, means[case][name]) for name in metrics))
     if len(rows) > _WORST:
         table.add_row(f"… {len(rows) - _WORST} better ones", style="dim")
     table.add_section()

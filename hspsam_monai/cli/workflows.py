@@ -113,8 +113,28 @@ def evaluate(
         "output_dir": str(output),
     }
     values |= {"device": device_setting(device)} if device else {}
+    _warn_of_trained(found.path.parent, values["dataset_dir"], split)
     run_workflow(files, "evaluate", found.network | values)
     return json.loads((output / "summary.json").read_text(encoding="utf-8"))
+
+
+def _warn_of_trained(folder: Path, data: str, split: str) -> None:
+    """Say how many of the cases a model was trained on, by the record beside it; a drawn split moves as a set grows."""
+    from hspsam_monai.data import find_cases
+    from hspsam_monai.data.layouts import SPLITS_FILE, some
+
+    record = folder / SPLITS_FILE
+    if not record.is_file():
+        return
+    cases = find_cases(data, split)
+    trained = set(json.loads(record.read_text(encoding="utf-8")).get("train", ()))
+    known = [case["case"] for case in cases if case["case"] in trained]
+    if known:
+        logger.warning(
+            "%d of the %d cases of split %s have names that this model was trained on (%s). If it is the same data, "
+            "their scores are too good: give the data set the %s of the run.",
+            len(known), len(cases), split, some(known), record,
+        )  # fmt: skip
 
 
 def segment(

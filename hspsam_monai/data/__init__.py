@@ -3,7 +3,7 @@
 from hspsam_monai.data.cases import find_cases
 from hspsam_monai.data.check import check_dataset
 from hspsam_monai.data.datasets import SeededDataset, SeededSampler, TolerantDataset
-from hspsam_monai.data.few import draw_cases
+from hspsam_monai.data.few import draw_cases, few_cases
 from hspsam_monai.data.images import mask_values, read_image, read_mask
 from hspsam_monai.data.phantoms import phantom, write_phantoms
 from hspsam_monai.data.readers import MaskReader, PhotoReader
@@ -19,6 +19,7 @@ __all__ = [
     "TolerantDataset",
     "check_dataset",
     "draw_cases",
+    "few_cases",
     "find_cases",
     "mask_values",
     "phantom",

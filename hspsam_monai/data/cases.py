@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,16 @@ def find_cases(
     else:
         cases = _flat_cases(root, split)
     return sorted(cases, key=lambda case: case["case"])
+
+
+def has_splits(root: str | Path) -> bool:
+    """Whether a data set says which cases are trained on; if not, ``find_cases`` draws."""
+    root = Path(root).expanduser()
+    decathlon = root if root.suffix.lower() == ".json" else root / DECATHLON_FILE
+    if decathlon.is_file():
+        data = read_decathlon(decathlon)
+        return data.splits is not None or "validation" in data.lists
+    return any((folder / SPLITS_FILE).is_file() for folder in ([root] if is_folder_set(root) else sub_sets(root)))
 
 
 def _no_layout(root: Path) -> DataError:
@@ -203,12 +214,12 @@ def _flat_cases(root: Path, split: str) -> list[Case]:
             "Check the path; sub-folders are not searched."
         )
     if root.is_dir():
-        _tell_ignored([path for path in entries(root) if path not in set(paths)])
+        known = set(paths)
+        _tell_ignored([path for path in entries(root) if path not in known])
     stems = [stem_of(path) for path in paths]
+    times = Counter(stems)
     # Two files of one stem keep their suffix in the name, or their predictions would overwrite each other.
-    return [
-        _case(path.name if stems.count(stem) > 1 else stem, path, None) for path, stem in zip(paths, stems, strict=True)
-    ]
+    return [_case(path.name if times[stem] > 1 else stem, path, None) for path, stem in zip(paths, stems, strict=True)]
 
 
 def _tell_ignored(others: list[Path]) -> None:
@@ -321,7 +332,8 @@ def draw_sides(
             if digests[name] not in placed:
                 groups.setdefault(digests[name], []).append(name)
         order = np.random.default_rng(seed).permutation(len(groups))
-        in_order = [list(groups)[index] for index in order]
+        contents = list(groups)
+        in_order = [contents[index] for index in order]
         wanted = max(1, round(val_fraction * sum(map(len, groups.values()))))
         chosen: set[str] = set()
         count = 0

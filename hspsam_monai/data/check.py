@@ -179,13 +179,16 @@ def _folder_jobs(check: _Check, folder: Folder) -> list[_Job]:
     jobs = []
     for stem, image in sorted(folder.images.items()):
         masks = folder.masks.get(stem, [])
+        split = None if side is None else side.get(stem, "")
         if not masks:
-            check.fault(
+            # An image that no split names is never asked for its mask.
+            tell = check.warn if split == "" else check.fault
+            tell(
                 "missing_mask",
                 image,
-                "found no mask; expected masks/ to have one of this name. Add it (zero if empty).",
+                "found no mask; expected masks/ to have one of this name. Add it (all zero only if nothing is to be "
+                "found there), or move the image away.",
             )
-        split = None if side is None else side.get(stem, "")
         jobs.append(_Job(folder.prefix + stem, image, masks, split, folder.prefix))
     return jobs
 

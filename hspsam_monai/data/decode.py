@@ -149,7 +149,8 @@ def _decode_pillow(path: Path, head: bytes, indices: bool) -> Picture:
     if head.startswith(_PNG_MAGIC):
         with Image.open(path) as image:
             image.verify()  # checksums; decoding alone misses flipped bits
-    with Image.open(path) as opened:
+    # Through a stream: Pillow maps an uncompressed TIFF's pixels into memory, at a turned picture's final size.
+    with path.open("rb") as stream, Image.open(stream) as opened:
         frames = getattr(opened, "n_frames", 1)
         # MPO is a camera's JPEG with an extra preview; its first picture is the photograph.
         if frames > 1 and opened.format != "MPO":
@@ -175,11 +176,23 @@ def _decode_pillow(path: Path, head: bytes, indices: bool) -> Picture:
 
 
 def _is_inverted(image: Image.Image) -> bool:
+    """Whether a picture of indices 0 and 1 paints 0 white and 1 black."""
     colours = np.asarray(image.convert("RGB")).reshape(-1, 3)
-    index = np.asarray(image).reshape(-1)
+    index = np.asarray(image.convert("P") if image.mode == "PA" else image).reshape(-1)
+    black = index == 1
+    # A picture of one colour counts by its 1, which must not be drawn black; all 0 is empty in either reading.
     return bool(
-        set(np.unique(index)) == {0, 1} and (colours[index == 0] == 255).all() and not colours[index == 1].any()
+        set(np.unique(index)) <= {0, 1}
+        and black.any()
+        and not colours[black].any()
+        and (colours[~black] == 255).all()
+        and _paints_white(image, 0)
     )
+
+
+def _paints_white(image: Image.Image, index: int) -> bool:
+    palette = image.getpalette("RGB") or []
+    return palette[3 * index : 3 * index + 3] == [255, 255, 255]
 
 
 def _split_alpha(values: np.ndarray, lossy: bool = False) -> Picture:
@@ -224,6 +237,14 @@ def _decode_tiff(path: Path, indices: bool) -> Picture:
         planes = series.axes in {"CYX", "SYX"} and series.shape[0] in {1, 3, 4} and len(tiff.series) == 1
         if count > 1 and not planes:
             raise _several_pages(path, count)
+        if indices and int(page.photometric) == 0:
+            raise FileFault(
+                path,
+                "unknown_label",
+                "a TIFF mask in which white is zero (tifffile and scikit-image store boolean arrays so)",
+                "zero stored as black, since programs read this kind the one way or the other",
+                "Save it as 8-bit grey PNG or TIFF with 0 and 255.",
+            )
         if count == 1 and page.dtype in {np.dtype(np.uint8), np.dtype(bool)} and page.samplesperpixel <= 4:
             picture = _decode_pillow(path, b"", indices)  # knows palettes, LZW, JPEG, CMYK and YCbCr
             return Picture(picture.values, picture.alpha, page.compression in {6, 7}, picture.inverted_palette)

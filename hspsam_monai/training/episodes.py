@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from hspsam_monai.data import SeededDataset
 from hspsam_monai.data.cases import content_hash
 from hspsam_monai.data.datasets import one_thread
+from hspsam_monai.data.few import showing_all
 from hspsam_monai.errors import ConfigError, DataError
 from hspsam_monai.networks.stored import encoded_of
 from hspsam_monai.training.feature_cache import FeatureDataset, stored_batch
@@ -247,17 +248,19 @@ def held_out_episodes(
 class SetContext:
     """Handler of the validation engine: before each validation, give the network the context it is validated with.
 
-    The supports are the same in every epoch. ``model.pt`` then holds the context beside the weights.
+    The supports are the same in every epoch and read when the handler is attached, so that faults show before anything
+    is trained. ``model.pt`` then holds the context beside the weights.
 
     Args:
-        network: the network that is validated, with ``set_context``.
+        network: the network that is validated, with ``set_context`` and ``num_classes``.
         data: cases to draw the supports from; never the validation cases.
         transform: loads one and brings it to tensors ``image`` (3, H, W) and ``label`` (1, H, W), without randomness.
-        supports: how many are drawn; all where there are fewer.
+            At the size it is stored in: the network brings supports to its own, and small objects survive that better.
+        supports: how many are drawn, so that every class is shown; all where there are fewer.
         seed: of the draw.
 
     Raises:
-        DataError: no case shows an object.
+        DataError: a class that no support shows (on attaching).
     """
 
     def __init__(
@@ -268,7 +271,9 @@ class SetContext:
         self._loaded: tuple[list[Tensor], list[Tensor]] | None = None
 
     def attach(self, engine: Engine) -> None:
-        """Attach to the evaluator."""
+        """Attach to the evaluator and read the supports."""
+        if self._loaded is None:
+            self._loaded = self._load()
         engine.add_event_handler(Events.STARTED, self)
 
     def __call__(self, engine: Engine) -> None:
@@ -278,19 +283,29 @@ class SetContext:
         getattr(self.network, "module", self.network).set_context(*self._loaded)
 
     def _load(self) -> tuple[list[Tensor], list[Tensor]]:
-        images: list[Tensor] = []
-        masks: list[Tensor] = []
-        for index in np.random.default_rng(self.seed).permutation(len(self.data)).tolist():
-            item = apply_transform(self.transform, self.data[index])
+        read: dict[int, tuple[Tensor, Tensor]] = {}
+        met: set[int] = {0}
+
+        def shown(index: int) -> set[int]:
+            with one_thread():
+                item = apply_transform(self.transform, self.data[index])
             label = _plain(item["label"])[0]
-            if (label > 0).any():
-                images.append(_plain(item["image"]))
-                masks.append(label)
-            if len(images) == self.supports:
-                break
-        if not images:
-            raise DataError(f"None of {len(self.data)} cases shows an object; expected supports for the context.")
-        return images, masks
+            found = {int(value) for value in label.unique()}
+            if found != {0} and (len(read) < self.supports or found - met):  # no other can be chosen
+                read[index] = _plain(item["image"]), label
+            met.update(found)
+            return found
+
+        order = np.random.default_rng(self.seed).permutation(len(self.data)).tolist()
+        classes = getattr(self.network, "module", self.network).num_classes
+        chosen, missing = showing_all(order, shown, self.supports, classes)
+        if missing:
+            raise DataError(
+                f"Of {len(self.data)} training cases, none of the {len(chosen)} taken as supports shows class "
+                f"{min(missing)}; expected every class in at least one. Take more (context_supports), add cases that "
+                "show it, or leave the class out of the labels."
+            )
+        return [read[index][0] for index in chosen], [read[index][1] for index in chosen]
 
 
 def _task(case: dict[str, Any]) -> str:

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 
 import hspsam_monai
+from hspsam_monai.data.layouts import SPLITS_FILE
+from hspsam_monai.errors import DataError
 from hspsam_monai.files import atomic_write
 from hspsam_monai.network_file import NETWORK_KEYS, OVERLAY
 from hspsam_monai.training.output_folder import RECORD
@@ -35,7 +37,9 @@ def environment() -> dict[str, Any]:
     return {"versions": versions, "device": device, "threads": torch.get_num_threads()}
 
 
-def write_record(folder: str | Path, cases: Mapping[str, Sequence[Mapping[str, Any]]] | None = None) -> None:
+def write_record(
+    folder: str | Path, cases: Mapping[str, Sequence[Mapping[str, Any]]] | None = None, resume: bool = False
+) -> None:
     """Write what was run into ``folder``; called by the configurations' ``initialize`` step.
 
     * ``config.json``: the merged configuration with all overrides, as executed;
@@ -46,6 +50,10 @@ def write_record(folder: str | Path, cases: Mapping[str, Sequence[Mapping[str, A
     Args:
         folder: output folder, created if missing.
         cases: split name -> list of case dictionaries.
+        resume: the run goes on; its cases must still be those of ``splits.json``.
+
+    Raises:
+        DataError: a run that goes on has other cases; nothing is written then.
 
     The configuration is taken from the MONAI workflow that runs this step, whichever way it was started
     (``python -m monai.bundle run``, the command line, or Python); outside a workflow the two files that need
@@ -60,7 +68,21 @@ def write_record(folder: str | Path, cases: Mapping[str, Sequence[Mapping[str, A
         files["config.json"] = config
         files[OVERLAY] = {key: config[key] for key in NETWORK_KEYS if key in config}
     if cases is not None:
-        files["splits.json"] = {name: [case["case"] for case in items] for name, items in cases.items()}
+        files[SPLITS_FILE] = {name: [case["case"] for case in items] for name, items in cases.items()}
+        if resume and (folder / SPLITS_FILE).is_file():
+            _check_splits(folder / SPLITS_FILE, files[SPLITS_FILE])
     for name, content in files.items():
         with atomic_write(folder / name) as temporary:
             temporary.write_text(json.dumps(content, indent=1, default=str) + "\n")
+
+
+def _check_splits(file: Path, now: Mapping[str, Sequence[str]]) -> None:
+    """A draw depends on the number of images: one more, and what was validated on would be trained on."""
+    before = json.loads(file.read_text(encoding="utf-8"))
+    moved = sum(len(set(before.get(name, ())) ^ set(cases)) for name, cases in now.items())
+    if moved:
+        sizes = ", ".join(f"{name} {len(before.get(name, ()))} (now {len(cases)})" for name, cases in now.items())
+        raise DataError(
+            f"{file}: found the run's cases, {sizes}, and {moved} places that differ; expected those it was started "
+            "with. Restore the data set, or copy this file into it as its splits."
+        )

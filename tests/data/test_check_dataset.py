@@ -108,6 +108,16 @@ def test_faults_of_splits(tmp_path):
     assert [kind for kind, _ in kinds(check_dataset(root).faults)] == ["missing_mask", "splits"]
 
 
+def test_an_image_no_split_names_needs_no_mask(tmp_path):
+    root = good_set(tmp_path)
+    Image.fromarray(scene(90)).save(root / "images" / "later.png")
+    report = check_dataset(root)
+    assert not report.faults and ("missing_mask", "images/later.png") in kinds(report.warnings)
+    assert [case["case"] for case in find_cases(root, "val")] == ["c4", "c5"]
+    (root / "splits.json").unlink()  # now it would be drawn
+    assert kinds(check_dataset(root).faults) == [("missing_mask", "images/later.png")]
+
+
 def test_duplicates(tmp_path):
     root = good_set(tmp_path / "d")  # val: c4, c5
     images = root / "images"

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hspsam_monai.data import draw_cases, find_cases, mask_values
+from hspsam_monai.data import draw_cases, few_cases, find_cases, mask_values
 from hspsam_monai.errors import ConfigError, DataError
 
 
@@ -33,6 +33,35 @@ def test_drawn_cases_differ_show_an_object_and_repeat(cases):
         assert drawn == names(draw_cases(cases, 5, seed))
         assert set(names(draw_cases(cases, 2, seed))) < set(drawn)
     assert len({tuple(names(draw_cases(cases, 2, seed))) for seed in range(6)}) > 1
+
+
+def test_every_class_is_drawn(tmp_path):
+    for part in ("images", "masks"):
+        (tmp_path / part).mkdir()
+    for index in range(30):
+        Image.fromarray(np.full((8, 8), index, np.uint8)).save(tmp_path / "images" / f"{index:02}.png")
+        mask = np.zeros((8, 8), np.uint8)
+        mask[:2] = 1
+        mask[4:6] = 2 * (index == 17)
+        Image.fromarray(mask).save(tmp_path / "masks" / f"{index:02}.png")
+    cases = find_cases(tmp_path)
+    for seed in range(8):
+        drawn = [set(names(draw_cases(cases, count, seed, num_classes=3))) for count in (2, 5, 12)]
+        assert "17" in drawn[0] and drawn[0] < drawn[1] < drawn[2] and len(drawn[2]) == 12
+    without = [case for case in cases if case["case"] != "17"]
+    with pytest.raises(DataError, match="The 5 cases drawn from 29 show no class 2"):
+        draw_cases(without, 5, 0, num_classes=3)
+
+
+def test_a_set_without_splits_gives_all_it_has(cases, tmp_path, caplog):
+    """Five different cases with an object: a drawn training split holds fewer."""
+    with caplog.at_level("INFO"):
+        assert len(few_cases(tmp_path, "train", 5)) == 5
+    assert "drawn from all" in caplog.text
+    (tmp_path / "splits.json").write_text('{"train": ["0", "4", "5"], "val": ["6"]}')
+    assert names(few_cases(tmp_path, "train", 3)) == ["0", "4", "5"]
+    with pytest.raises(DataError, match="Found 3 different cases"):
+        few_cases(tmp_path, "train", 5)
 
 
 def test_too_few_cases(cases):

@@ -112,6 +112,19 @@ class TestReadImage:
         mask = save(tmp_path / "m.png", np.ascontiguousarray(stored[..., 0]), exif=exif)
         assert np.array_equal(read_mask(mask), upright[..., 0] // 255)
 
+    @pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "P"])
+    @pytest.mark.parametrize("orientation", [1, 6, 8])
+    def test_exif_orientation_of_an_uncompressed_tiff(self, tmp_path, mode, orientation):
+        """Pillow maps such files into memory when it opens them by name."""
+        upright = np.zeros((20, 30), np.uint8)
+        upright[:10, :5] = 255
+        stored = np.ascontiguousarray(np.rot90(upright, {1: 0, 6: 1, 8: -1}[orientation]))
+        path = tmp_path / "a.tif"
+        Image.fromarray(stored).convert(mode).save(path, tiffinfo={274: orientation})
+        assert np.array_equal(read_image(path), np.repeat(upright[..., None] / 255, 3, 2))
+        if mode == "L":
+            assert np.array_equal(read_mask(path), upright // 255)
+
     @pytest.mark.parametrize("kind", ["png", "tif", "png_rgb", "tif_rgb", "tif_planar", "float"])
     def test_more_than_8_bits_is_scaled_by_percentiles(self, tmp_path, kind):
         """12-bit data in a 16-bit file must not come out black."""
@@ -251,6 +264,20 @@ class TestReadMask:
         image.putpalette([255, 255, 255, 0, 0, 0])
         with pytest.raises(DataError, match="index 0 is white"):
             read_mask(save(tmp_path / "a.png", image))
+        empty = Image.fromarray(np.ones_like(BLOB), "P")
+        empty.putpalette([255, 255, 255, 0, 0, 0])
+        with pytest.raises(DataError, match="index 0 is white"):
+            read_mask(save(tmp_path / "b.png", empty))
+        full = Image.fromarray(np.ones_like(BLOB), "P")
+        full.putpalette([0, 0, 0, 255, 255, 255])
+        assert read_mask(save(tmp_path / "c.png", full)).all()
+
+    @pytest.mark.parametrize("array", [BLOB.astype(bool), BLOB * 255, BLOB.astype(np.uint16) * 65535])
+    def test_tiff_masks_whose_white_is_zero(self, tmp_path, array):
+        """Boolean arrays come so from tifffile, not inverted; other programs' files of this kind are."""
+        tifffile.imwrite(tmp_path / "a.tif", array, photometric=None if array.dtype == bool else "miniswhite")
+        with pytest.raises(DataError, match="white is zero"):
+            read_mask(tmp_path / "a.tif")
 
     def test_classes_in_8_and_16_bit(self, tmp_path):
         classes = RNG.integers(0, 9, (20, 30), dtype=np.uint8)

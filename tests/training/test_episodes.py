@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from ignite.engine import Engine
 from monai.data import DataLoader
 from monai.transforms import Compose, RandFlipd
 
@@ -142,6 +143,8 @@ def test_batches_reach_the_network_through_monais_trainer():
 
 def test_validation_sets_the_context_of_what_is_validated():
     class Network(torch.nn.Module):
+        num_classes = 2
+
         def set_context(self, images, masks):
             self.context = images, masks
 
@@ -155,8 +158,14 @@ def test_validation_sets_the_context_of_what_is_validated():
     assert all(mask.any() for mask in masks)
     handler(None)
     assert len(loads) == 5  # read once
-    with pytest.raises(DataError, match="None of 1 cases shows an object"):
-        SetContext(network, data[1:2], lambda case: case)(None)
+    engine = Engine(lambda *_: None)
+    with pytest.raises(DataError, match="Of 1 training cases, none of the 0 taken as supports shows class 1"):
+        SetContext(network, data[1:2], lambda case: case).attach(engine)  # before anything is trained
+    network.num_classes, rare = 3, cases(30)
+    rare[11]["label"][0, :2] = 2
+    for seed in range(5):
+        SetContext(network, rare, lambda case: case, supports=4, seed=seed)(None)
+        assert len(network.context[1]) == 4 and {2} <= set(torch.stack(network.context[1]).unique().tolist())
 
 
 def test_a_longer_epoch_repeats_cases_in_new_episodes():
