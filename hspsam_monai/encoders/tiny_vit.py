@@ -274,10 +274,21 @@ def _window_bias(attention: nn.Module, window: int, rows: int, columns: int, pro
     table = attention.attention_biases
     # Slices, not masks: their sizes are known to torch.export. (real queries, key rows, key columns)
     index = attention.attention_bias_idxs.view(window, window, window, window)[:rows, :columns].flatten(0, 1)
-    parts = [table[:, index[:, :rows, :columns].flatten(1)]]
+    parts = [_look_up(table, index[:, :rows, :columns].flatten(1))]
     if rows * columns < window * window:
         padded = torch.cat([index[:, :rows, columns:].flatten(1), index[:, rows:].flatten(1)], dim=1)
-        parts.append(torch.logsumexp(table[:, padded].float(), dim=2, keepdim=True).to(table.dtype))
+        parts.append(torch.logsumexp(_look_up(table, padded).float(), dim=2, keepdim=True).to(table.dtype))
     if prompts:
         parts.append(table.new_zeros(table.shape[0], rows * columns, prompts))
     return torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
+
+
+def _look_up(table: Tensor, index: Tensor) -> Tensor:
+    """Entries (heads, ...) of a table (heads, L) at ``index`` (...).
+
+    Where a gradient will be asked for, by a function that sums it in one order: that of plain indexing adds up on
+    several threads in whichever order they come, and a training could not be repeated to the last bit.
+    """
+    if table.requires_grad and torch.is_grad_enabled():
+        return F.embedding(index, table.t()).movedim(-1, 0).contiguous()
+    return table[:, index]

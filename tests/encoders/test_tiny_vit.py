@@ -220,3 +220,18 @@ def test_compile_gives_the_same_without_graph_breaks():
     compiled = torch.compile(encoder, fullgraph=True)(image, prompts)
     assert relative(compiled.embedding, eager.embedding) <= 1e-4
     assert all(relative(a, b) <= 1e-4 for a, b in zip(compiled.tokens[1:], eager.tokens[1:], strict=True))
+
+
+def test_gradients_repeat_to_the_last_bit_on_several_threads():
+    """From 144 pixels on the attention's biases are many enough for PyTorch to add their gradients up in parallel."""
+    threads = torch.get_num_threads()
+    torch.manual_seed(0)
+    encoder, image = build_encoder("mobile_sam", image_size=160), torch.rand(1, 3, 160, 160)
+    biases = [p for name, p in encoder.named_parameters() if "attention_biases" in name]
+    try:
+        torch.set_num_threads(4)
+        found = [torch.autograd.grad(encoder(image).levels[-1].square().sum(), biases) for _ in range(5)]
+    finally:
+        torch.set_num_threads(threads)
+    assert len(biases) == 10 and all(g.abs().sum() > 0 for g in found[0])
+    assert all(torch.equal(a, b) for again in found[1:] for a, b in zip(again, found[0], strict=True))
