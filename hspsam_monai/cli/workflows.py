@@ -69,6 +69,11 @@ def train(
     elif data is None:
         raise ConfigError("No data set is given. Name it with --data.")
     config = _merged(files)
+    if "validate::sampler" in config and "RANK" not in os.environ:
+        raise ConfigError(
+            f"The run in {output} was trained by several processes; go on as it was started: torchrun "
+            "--nproc_per_node=N -m monai.bundle run … --resume True."
+        )
     _check_pair(config, network, task)
     values = _checked(overrides, config)
     check_labels({**config, **values}["labels"])

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from ignite.engine import Engine, Events
 from ignite.handlers.state_param_scheduler import StateParamScheduler
 from torch import nn
@@ -93,6 +94,13 @@ class Checkpointer:
             state = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:
             raise WeightsError(f"{path} cannot be read ({error}); expected the last.pt of a training run.") from error
+        steps, now = state["iteration"] // max(1, state["epoch"]), engine.state.epoch_length
+        if now is not None and now != steps:
+            # Counted on, such a run would end early, begin inside an epoch, or be at another place of its schedule.
+            raise TrainingError(
+                f"{path} is of a run with {steps} iterations an epoch, and this one has {now}: go on with the same "
+                "batch_size, training cases and number of processes, or start a new run with pretrained=model.pt."
+            )
         self.network.load_state_dict(state["network"])
         self.best_network.load_state_dict(state["best_network"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -118,9 +126,10 @@ class Checkpointer:
     def save(self, engine: Engine) -> None:
         """Write the epoch's checkpoints and learning curve; stop if patience is at its end."""
         epoch = engine.state.epoch
+        total, count = all_sum(self._loss, float(self._count))  # every process saw a part of the data
         row = {
             "epoch": epoch,
-            "loss": self._loss / max(1, self._count),
+            "loss": total / max(1.0, count),
             "lr": self.scheduler.get_last_lr()[-1],
         }
         self._loss, self._count = 0.0, 0
@@ -187,6 +196,16 @@ def _advance_counters(engine: Engine) -> None:
     for handler, *_ in engine._event_handlers[Events.ITERATION_COMPLETED]:
         if isinstance(handler, StateParamScheduler):
             handler.event_index = engine.state.iteration
+
+
+def all_sum(*values: float) -> list[float]:
+    """Sum numbers over the processes of a distributed run; themselves elsewhere."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return list(values)
+    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+    sums = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(sums)
+    return sums.tolist()
 
 
 def _is_number(value: Any) -> bool:

@@ -227,7 +227,9 @@ class FeatureDataset(Dataset):
         found = {key: value for key, value in item.items() if key not in self.keys}
         for key in self.keys:
             image = _batch(item[key], device)
-            features = pack(network.encode(image).features, network.stored)
+            # cuDNN would round the inputs of convolutions to TF32.
+            with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
+                features = pack(network.encode(image).features, network.stored)
             found[key] = {name: t[0] if item[key].ndim == 3 else t for name, t in features.items()}
             if key in self.keep:
                 found[f"{key}_pixels"] = item[key]

@@ -65,6 +65,8 @@ def _describe(value: Any, leave_out: tuple[str, ...], path: tuple[int, ...]) -> 
         return [*_named(value.__func__), inner(value.__self__)]
     if isinstance(value, type | types.BuiltinFunctionType):
         return _named(value)
+    if isinstance(value, torch.device):
+        return ["device", value.type]  # which of several equal ones says nothing
     if hasattr(value, "__dict__"):
         attributes = {key: inner(item) for key, item in sorted(vars(value).items()) if key not in leave_out}
         parts = [inner(value.func), inner(value.args), inner(value.keywords)] if _is_partial(value) else []

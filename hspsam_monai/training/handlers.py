@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from ignite.engine import Engine, Events
 from monai.engines.utils import IterationEvents
-from monai.handlers import TensorBoardHandler, ValidationHandler
+from monai.handlers import TensorBoardHandler, TensorBoardStatsHandler, ValidationHandler
 from torch import nn
 
 from hspsam_monai.errors import TrainingError
@@ -35,7 +36,9 @@ class EpochSeeds:
     def __call__(self, engine: Engine) -> None:
         """Seed the epoch that starts."""
         epoch = engine.state.epoch
-        torch.manual_seed(self.seed * 1_000_003 + epoch)
+        # Each process of a distributed run draws its own dropout.
+        rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+        torch.manual_seed(self.seed * 1_000_003 + epoch + 7919 * rank)
         loader = engine.state.dataloader
         for part in (getattr(loader, "dataset", None), getattr(loader, "sampler", None)):
             if hasattr(part, "set_epoch"):
@@ -68,6 +71,35 @@ def of_this_process(handlers: list[Any], rank: int) -> list[Any]:
     if rank == 0:
         return handlers
     return [h for h in handlers if not (isinstance(h, TensorBoardHandler) or getattr(h, "main_process_only", False))]
+
+
+class TensorBoard(TensorBoardStatsHandler):
+    """MONAI's ``TensorBoardStatsHandler`` that opens its file when it is attached, as :func:`of_this_process` decides.
+
+    TensorBoard shows a folder's newest file, and one that another process left empty would hide the curves.
+
+    Args:
+        log_dir: folder of the event files.
+        **options: see MONAI's.
+    """
+
+    def __init__(self, log_dir: str, **options: Any) -> None:
+        super().__init__(summary_writer=_NotYet(), log_dir=log_dir, **options)
+        self.log_dir = log_dir
+
+    def attach(self, engine: Engine) -> None:
+        """Open the file and attach to a trainer or an evaluator."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer, self.internal_writer = SummaryWriter(log_dir=self.log_dir), True
+        super().attach(engine)
+
+
+class _NotYet:
+    """Stands for a writer that is not open."""
+
+    def close(self) -> None:
+        """Nothing is open."""
 
 
 class Validate(ValidationHandler):

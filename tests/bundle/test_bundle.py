@@ -4,6 +4,7 @@ import csv
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -369,16 +370,22 @@ def test_runs_from_another_folder_with_a_plain_command(bundle, phantoms, trained
 
 @pytest.mark.slow
 def test_two_processes_train_together(bundle, phantoms, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(phantoms, data)
+    names = sorted(path.stem for path in (data / "images").iterdir())
+    # Fewer validation cases than processes: each validates them all.
+    (data / "splits.json").write_text(json.dumps({"train": names[:-1], "val": names[-1:]}))
     config = configs(bundle, "train", "multi_gpu_train")
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29613", "-m",
-         "monai.bundle", "run", "--config_file", str(config), "--dataset_dir", str(phantoms), "--output_dir",
+         "monai.bundle", "run", "--config_file", str(config), "--dataset_dir", str(data), "--output_dir",
          str(tmp_path / "run"), "--pretrained", "", "--image_size", "64", "--batch_size", "1", "--epochs", "1",
          "--precision", "float32"],
         cwd=tmp_path, capture_output=True, text=True, check=False,
         env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
+    assert len(list((tmp_path / "run" / "tensorboard").iterdir())) == 2  # training and validation, of one process
     curve = (tmp_path / "run" / "learning_curve.csv").read_text().splitlines()
     assert len(curve) == 2 and np.isfinite(float(curve[1].split(",")[1]))
     assert (tmp_path / "run" / "model.pt").is_file()

@@ -10,7 +10,7 @@ from torch import nn
 from hspsam_monai.encoders.weights import read_state
 from hspsam_monai.errors import ConfigError, TrainingError, WeightsError
 from hspsam_monai.networks.pretrained import load_checkpoint
-from hspsam_monai.training import Checkpointer, warmup_poly
+from hspsam_monai.training import Checkpointer, TensorBoard, of_this_process, warmup_poly
 from tests.training.conftest import root
 
 
@@ -57,6 +57,31 @@ def test_an_earlier_run_is_not_overwritten(train):
         train(epochs=1).start()
     assert isinstance(root(caught.value), TrainingError) and "--resume" in str(root(caught.value))
     assert {path.name: path.read_bytes() for path in first.folder.glob("*.pt")} == before
+
+
+def test_a_run_goes_on_with_its_own_number_of_steps(train):
+    """With another it would end early or begin inside an epoch, and look as if all was well."""
+    first = train(epochs=1, batch_size=1).start()
+    steps = len(first.losses)
+    with pytest.raises(RuntimeError) as caught:
+        train(epochs=3, batch_size=2, resume=True).start()
+    assert isinstance(root(caught.value), TrainingError)
+    assert f"of a run with {steps} iterations an epoch, and this one has {steps // 2}" in str(root(caught.value))
+    assert len(train(epochs=2, batch_size=1, resume=True).start().losses) == steps
+
+
+def test_curves_are_opened_by_those_who_write_them(tmp_path):
+    """A file for a process that writes nothing would hide the curves, as TensorBoard shows the newest."""
+    handlers = [TensorBoard(log_dir=str(tmp_path / "tb"), output_transform=lambda x: x) for _ in range(2)]
+    assert not (tmp_path / "tb").exists() and of_this_process(handlers, 1) == []
+    engine = Engine(lambda _engine, _batch: {"loss": 0.5})
+    for handler in of_this_process(handlers[:1], 0):
+        handler.attach(engine)
+    engine.run([0, 1])
+    handlers[0].close()
+    handlers[1].close()
+    (events,) = (tmp_path / "tb").iterdir()
+    assert b"loss" in events.read_bytes()
 
 
 def test_nothing_to_resume_is_named(train):

@@ -40,6 +40,11 @@ def test_every_argument_shows(change):
     assert describe(chain(**change)) != describe(chain())
 
 
+def test_which_of_several_gpus_says_nothing():
+    """Processes of one run, and runs on different ones, share features."""
+    assert describe(chain(device="cuda:0")) == describe(chain(device="cuda:1")) == describe(chain(device="cuda"))
+
+
 def test_another_process_says_the_same():
     code = "import test_fingerprint as t; print(repr(t.describe(t.chain())))"
     done = subprocess.run(
