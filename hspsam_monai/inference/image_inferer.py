@@ -90,8 +90,10 @@ class ImageInferer(Inferer):
     ) -> Any:
         """Infer (B, 3, H, W) in [0, 1], or its features (:func:`encoded_of`); extra arguments go to the network.
 
+        A person's marks (``prompts``) are in pixels of the image given here, and are brought to the network's with it.
+
         Raises:
-            ConfigError: mirror images are asked for, and only features are given.
+            ConfigError: mirror images are asked for, and only features or also a person's marks are given.
         """
         if isinstance(inputs, Mapping):
             inputs = encoded_of(inputs)
@@ -102,6 +104,11 @@ class ImageInferer(Inferer):
         else:
             image = inputs.as_tensor() if isinstance(inputs, MetaTensor) else inputs
             size = tuple(image.shape[-2:])
+        marks = kwargs.get("prompts")
+        if marks is not None and self.flips and not getattr(network, "training", False):
+            raise ConfigError("A person's marks have no mirror images; set flips to false.")
+        if marks is not None and self.image_size is not None and not isinstance(image, Encoded):
+            kwargs["prompts"] = marks.scaled(self.image_size / size[1], self.image_size / size[0])
         if self.flips and not getattr(network, "training", False):
             output = self._mirrored(image, network, *args, **kwargs)
         else:

@@ -65,6 +65,12 @@ class Prompts(NamedTuple):
         """The same on another device."""
         return Prompts(*(None if part is None else part.to(device) for part in self))
 
+    def scaled(self, x: float, y: float) -> Prompts:
+        """The same on an image that is ``x`` times as wide and ``y`` times as high; masks are resized anyway."""
+        points = None if self.points is None else (self.points + 0.5) * self.points.new_tensor([x, y]) - 0.5
+        boxes = None if self.boxes is None else (self.boxes + 0.5) * self.boxes.new_tensor([x, y, x, y]) - 0.5
+        return self._replace(points=points, boxes=boxes)
+
     def present(self) -> Tensor:
         """(B, N) bool: which objects have any prompt at all; some part must be given."""
         found = []

@@ -115,6 +115,9 @@ class SAMSP(nn.Module):
                 (:func:`~hspsam_monai.networks.user_prompts.user_prompts` makes them of clicks, boxes and scribbles).
                 One more pass then refines the automatic masks of the objects that have some.
 
+        Raises:
+            ConfigError: prompts of another number of images or objects.
+
         Returns:
             In evaluation logits (B, K, H, W), float32. In training :class:`SAMSPOutput`.
         """
@@ -134,6 +137,11 @@ class SAMSP(nn.Module):
                 own = own._replace(boxes=own.boxes + noise)
             masks.append(self._decode(embedding, own))
         if prompts is not None and prompts.shape() is not None:
+            if prompts.shape() != tuple(masks[-1].shape[:2]):
+                raise ConfigError(
+                    f"The prompts are for {prompts.shape()} (images, objects); expected {tuple(masks[-1].shape[:2])}, "
+                    "one set for each foreground class of each image."
+                )
             prompts = prompts.to(embedding.device)  # a person's marks are made where the mouse is
             # SAM's way of refining: the mask so far goes in with the new click.
             found = (masks[-1] > 0).flatten(2).any(-1)

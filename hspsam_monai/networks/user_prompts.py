@@ -24,8 +24,9 @@ def user_prompts(
 ) -> Prompts:
     """Collect the marks on one image.
 
-    Positions are pixels of the network's input, x before y: marks on an image of another size are to be scaled by the
-    caller, and mirror images (``flips``) cannot be averaged with them.
+    Positions are pixels of the image that is handed over with them, x before y:
+    :class:`~hspsam_monai.inference.ImageInferer` scales them with it, a network takes those of its input. Mirror images
+    (``flips``) cannot be averaged with them.
 
     Args:
         objects: N = K - 1 foreground classes.
@@ -75,7 +76,7 @@ def scribble_points(line: Tensor | np.ndarray | Sequence[Sequence[float]], count
     Raises:
         ConfigError: nothing drawn, or neither of the two shapes.
     """
-    drawn = np.asarray(line)
+    drawn = np.asarray(line.detach().cpu() if isinstance(line, Tensor) else line)
     if count < 1 or drawn.ndim != 2 or (drawn.dtype != bool and drawn.shape[1] != 2):
         raise ConfigError(
             f"A scribble has shape {drawn.shape} and type {drawn.dtype}, for {count} points; expected a polyline (n, 2)"

@@ -8,7 +8,9 @@ from torch import nn
 from hspsam_monai.errors import ConfigError
 
 #: How names of parameters end that have several axes and yet are positions or tokens, not matrices.
-_UNDECAYED = ("pos_embed", "rel_pos_h", "rel_pos_w", "attention_biases", "_token", "_tokens")
+_UNDECAYED = (
+    "pos_embed", "rel_pos_h", "rel_pos_w", "attention_biases", "_token", "_tokens", "classes", "log_rates", "share",
+)  # fmt: skip
 
 
 def parameter_groups(
@@ -20,18 +22,20 @@ def parameter_groups(
         network: a network with an ``encoder``.
         lr: learning rate of everything that is new (decoder, prompts, LoRA).
         encoder_lr_scale: factor for pretrained encoder weights.
-        weight_decay: decay of matrices; norms, biases, positions, tokens and prompts get none.
+        weight_decay: decay of matrices; norms, biases, positions, tokens, prompts, a scan's rates and shares get none.
 
     Raises:
         ConfigError: nothing is trainable.
     """
     module = getattr(network, "module", network)  # DistributedDataParallel
+    # SAM keeps its tokens, points and masks' absences in tables.
+    tables = {id(part.weight) for part in module.modules() if isinstance(part, nn.Embedding)}
     pretrained = {id(p) for name, p in module.encoder.named_parameters() if "lora_" not in name}
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, p in module.named_parameters():
         if not p.requires_grad:
             continue
-        decayed = p.ndim > 1 and not name.endswith(_UNDECAYED) and "queries" not in name
+        decayed = p.ndim > 1 and id(p) not in tables and not name.endswith(_UNDECAYED) and "queries" not in name
         groups.setdefault((id(p) in pretrained, decayed), []).append(p)
     if not groups:
         raise ConfigError(

@@ -130,7 +130,8 @@ def test_many_supports_are_thinned_to_a_fixed_cost():
     assert torch.equal(first, network.context_keys)
     # The reference is taken from what is kept: the supports themselves are as close as they are to each other.
     assert (network.similarity(supports(5)[0]) == 1).all()
-    network.set_context(*supports(5), max_cells=1)
+    network.set_context(*supports(5), max_cells=2)
+    assert network.context_values[:, -1].max() > 0  # one of the object at least
     assert network.context_reference.isfinite() and network(torch.rand(1, 3, 64, 64)).isfinite().all()
 
 
@@ -142,6 +143,7 @@ def test_similarity_is_calibrated_by_the_supports(network):
     assert near.shape == (4,) and torch.equal(near, torch.ones(4))
     network.set_context(images[:1], masks[:1])
     assert network.similarity(images[:1]) == 1
+    assert network.context_reference == pytest.approx(0.12)  # one cannot say how far apart images of its task are
     network.context_reference.fill_(1e-3)
     assert (network.similarity(torch.zeros(1, 3, 64, 64)) < FAR).all()
     one = 1 - (unit_cells(network.encoder(images[1:2]).embedding)[0] @ network.context_keys.T).amax(1).mean()
@@ -181,12 +183,17 @@ def test_a_context_is_saved_with_the_network(tmp_path, half):
     path = write_state(tmp_path / "model.pt", {"model": state})
     x = torch.rand(1, 3, 64, 64)
     tolerance = 0.05 if half else 0
-    for load in (load_checkpoint, load_pretrained):
-        torch.manual_seed(1)
-        fresh = ProxyPrompt("mobile_sam", **SMALL).eval()
-        load(fresh, path)
-        assert fresh.context_keys.dtype == torch.float32
-        assert torch.allclose(fresh(x), network(x), atol=tolerance, rtol=0)
+    torch.manual_seed(1)
+    fresh = ProxyPrompt("mobile_sam", **SMALL).eval()
+    load_checkpoint(fresh, path)
+    assert fresh.context_keys.dtype == torch.float32
+    assert torch.allclose(fresh(x), network(x), atol=tolerance, rtol=0)
+    # A training that starts from it has another task, perhaps other classes.
+    for classes in (2, 3):
+        started = ProxyPrompt("mobile_sam", num_classes=classes, **SMALL)
+        load_pretrained(started, path)
+        assert not len(started.context_keys)
+        assert torch.equal(started.csm.log_sharpness, fresh.csm.log_sharpness)
     plain = build().eval()
     plain.load_state_dict(state)
     assert torch.allclose(plain(x), network(x), atol=tolerance, rtol=0)
@@ -348,8 +355,8 @@ def test_an_object_of_few_pixels_is_not_lost_between_samples():
     network.set_context([torch.rand(3, 1024, 1024)], [mask])
     share = network.context_values[:, -1].reshape(4, 4)
     assert share.argmax() == 1 * 4 + 1 and 0 < share.max() < 0.1  # cell (1, 1), in one or few of its 256 pixels
-    with pytest.raises(ConfigError, match="max_cells is 0"):
-        network.set_context([torch.rand(3, 64, 64)], [torch.ones(64, 64)], max_cells=0)
+    with pytest.raises(ConfigError, match="max_cells is 1; expected 2 or more"):
+        network.set_context([torch.rand(3, 64, 64)], [torch.ones(64, 64)], max_cells=1)
 
 
 def test_a_repeated_support_changes_no_similarity(network):

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 
+from hspsam_monai.errors import ConfigError
 from hspsam_monai.networks import HSPSAM, SAMSP, ConvPyramidSAM, ProxyPrompt
 
 BUILDERS = {
@@ -31,6 +32,26 @@ def test_other_types_give_nearly_the_same(name, dtype, tolerance):
     expected, found = network(image), other(image.to(dtype))
     assert found.dtype is torch.float32
     assert (found - expected).norm() <= tolerance * expected.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@torch.no_grad()
+def test_a_context_follows_its_network_into_another_type(dtype):
+    torch.manual_seed(0)
+    network, image, mask = BUILDERS["proxy"]().eval(), torch.rand(1, 3, 64, 64), torch.zeros(64, 64)
+    mask[20:50, 20:50] = 1
+    network.set_context([torch.rand(3, 64, 64)], [mask])
+    expected, near = network(image), network.similarity(image)
+    other = copy.deepcopy(network).to(dtype)
+    tolerance = 1e-4 if dtype is torch.float64 else 0.1
+    assert (other(image.to(dtype)) - expected).norm() <= tolerance * expected.norm()
+    assert other.similarity(image.to(dtype)) == pytest.approx(float(near), rel=tolerance)
+    next(other.csm.parameters()).add_(1)
+    with pytest.raises(ConfigError, match="made by other weights"):
+        other(image.to(dtype))
+    other.to(torch.float32)  # no way to make a context of other weights fit
+    with pytest.raises(ConfigError, match="made by other weights"):
+        other(image)
 
 
 @torch.no_grad()

@@ -5,9 +5,11 @@ import pytest
 import torch
 
 from hspsam_monai.errors import ConfigError
+from hspsam_monai.inference import ImageInferer
 from hspsam_monai.networks import SAMSP, Prompts
 from hspsam_monai.networks.sam_decoder import ABSENT
 from hspsam_monai.networks.user_prompts import scribble_points, user_prompts
+from hspsam_monai.transforms import fit_image
 
 
 def test_a_polyline_is_sampled_at_equal_steps():
@@ -104,3 +106,31 @@ def test_classes_in_one_batch_equal_each_class_alone(network):
 def test_a_frozen_encoder_learns_nothing_at_all(network):
     assert not any(p.requires_grad for p in network.encoder.parameters())
     assert any(p.requires_grad for p in network.sam.parameters())
+
+
+@torch.no_grad()
+def test_marks_are_scaled_with_the_image_and_not_mirrored():
+    torch.manual_seed(0)
+    network = SAMSP("mobile_sam", image_size=64, steps=0).eval()
+    large = torch.rand(1, 3, 96, 192)
+    marks = user_prompts(1, clicks=[(1, 149.5, 29.5, 1)], boxes=[(1, 59.5, 11.5, 179.5, 80.5)])
+    small = user_prompts(1, clicks=[(1, 49.5, 19.5, 1)], boxes=[(1, 19.5, 7.5, 59.5, 53.5)])
+    found = ImageInferer(64, "float32")(large, network, prompts=marks)
+    expected = network(fit_image(large, 64), small)
+    assert torch.allclose(found, torch.nn.functional.interpolate(expected, (96, 192), mode="bilinear"), atol=1e-5)
+    with pytest.raises(ConfigError, match="no mirror images"):
+        ImageInferer(64, "float32", flips=True)(large, network, prompts=marks)
+
+
+@pytest.mark.parametrize(("classes", "given"), [(2, (1, 2)), (3, (1, 1)), (2, (2, 1))])
+def test_marks_for_other_objects_or_images_are_refused(classes, given):
+    network = SAMSP("mobile_sam", image_size=64, num_classes=classes, steps=0).eval()
+    expected = rf"The prompts are for \({given[0]}, {given[1]}\) \(images, objects\); expected \(1, {classes - 1}\)"
+    for prompts in (Prompts(masks=torch.rand(*given, 16, 16)), Prompts(boxes=torch.ones(*given, 4))):
+        with pytest.raises(ConfigError, match=expected):
+            network(torch.rand(1, 3, 64, 64), prompts)
+
+
+def test_a_scribble_may_need_a_gradient():
+    line = torch.tensor([[1.0, 2.0], [5.0, 2.0]], requires_grad=True)
+    assert torch.equal(scribble_points(line, 2), line.detach())

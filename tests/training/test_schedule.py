@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hspsam_monai.errors import ConfigError
-from hspsam_monai.networks import HSPSAM, ConvPyramidSAM
+from hspsam_monai.networks import HSPSAM, SAMSP, ConvPyramidSAM, ProxyPrompt
 from hspsam_monai.training import parameter_groups, warmup_poly
 
 NETWORKS = {
@@ -14,6 +14,8 @@ NETWORKS = {
     "lora": lambda: HSPSAM("mobile_sam", 64, decoder="paper", adapt="lora"),
     "frozen": lambda: HSPSAM("mobile_sam", 64, decoder="slim", adapt="frozen"),
     "peer": lambda: ConvPyramidSAM("mobile_sam", 64),
+    "sam-sp": lambda: SAMSP("mobile_sam", 64, num_classes=3),
+    "proxy": lambda: ProxyPrompt("mobile_sam", 64, value_width=16, mamba_depth=1),
 }
 
 
@@ -36,7 +38,10 @@ def test_decay_on_matrices_only_and_the_encoder_at_its_own_rate(name):
         group = place[id(parameter)]
         pretrained = key.startswith("encoder.") and "lora_" not in key
         assert group["lr"] == (5e-4 if pretrained else 1e-3), key
-        matrix = key.endswith(".weight") and parameter.ndim > 1
+        # SAM's tokens and points are tables.
+        owner = key.split(".")[-2] if "." in key else ""
+        table = owner in ("iou_token", "mask_tokens", "not_a_point_embed", "no_mask_embed") or "point_embeddings" in key
+        matrix = key.endswith(".weight") and parameter.ndim > 1 and not table
         assert group["weight_decay"] == (0.1 if matrix or "lora_" in key else 0.0), key
 
 
