@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
 from torch import nn
 
 from hspsam_monai.errors import ConfigError
+
+logger = logging.getLogger(__name__)
 
 #: How names of parameters end that have several axes and yet are positions or tokens, not matrices.
 _UNDECAYED = (
@@ -58,7 +62,9 @@ def warmup_poly(
 
     250 and 5 are the paper's values. A run shorter than ten warm-ups warms up over a tenth of its length.
     """
-    warmup = max(1, min(warmup, total // 10))
+    asked, warmup = warmup, max(1, min(warmup, total // 10))
+    if warmup < asked:
+        logger.info("The run has %d iterations: it warms up over %d instead of %d.", total, warmup, asked)
     span = max(1, total - warmup)
 
     def factor(step: int) -> float:

@@ -141,7 +141,7 @@ def test_the_overlay_runs_and_gives_the_plain_models_masks(bundle, tmp_path, cap
         files = [str(bundle / "configs" / f"{one}.json") for one in dict.fromkeys(("inference", name))]
         workflow = ConfigWorkflow(
             files, workflow_type="infer", dataset_dir=str(images), output_dir=str(tmp_path / name), image_size=64,
-            flips=False, device="$torch.device('cpu')",
+            scales=[1], device="$torch.device('cpu')",
         )  # fmt: skip
         workflow.initialize()
         assert workflow.check_properties() == []
