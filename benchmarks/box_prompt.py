@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import common
 import numpy as np
 import torch
 from common import (
@@ -23,7 +24,9 @@ from common import (
     PRECISION,
     argument_parser,
     cases_of,
+    data_digest,
     device,
+    fingerprint,
     image_tensor,
     load_network,
     logger,
@@ -38,6 +41,7 @@ from common import (
 )
 from PIL import Image, ImageDraw
 from scipy import ndimage
+from studies import code_digest
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -170,20 +174,35 @@ def main(argv: list[str] | None = None) -> None:
     weights = weights_file(args.weights)
     if not weights:
         raise ConfigError("MobileSAM needs its official weights; --weights none does not fit here.")
-    cases = cases_of(args.data, args.split)
-    total = len(cases)
+    cases = whole = cases_of(args.data, args.split)
     if args.limit:
         cases = [cases[i] for i in np.unique(np.linspace(0, len(cases) - 1, args.limit).astype(int))]
     files = _network_files(args.model, args.network)
     network, image_size, num_classes = load_network(args.model, files)
     if num_classes != 2:
         raise ConfigError(f"The model has {num_classes} classes; boxes of polyps need background and one class.")
-    # Results belong to one model, one network, one rule for boxes and, for the times, one number of threads.
     digest = hashlib.sha256(args.model.read_bytes() + b"".join(f.read_bytes() for f in files)).hexdigest()[:12]
-    folder = args.output / f"{digest}-{args.least}-{device().type}-{torch.get_num_threads()}"
+    folder = _kept(args.output, digest, Path(weights), whole, args.least)
     inferers = {OURS: mirror_inferer(files), ONE_PASS: ImageInferer(image_size, PRECISION)}
     rows = _measure(network, inferers, BoxedMobileSAM(weights), cases, folder, args.least, args.pictures)
-    publish(SECTION, _report(rows, digest, image_size, args), args, partial=len(rows) < total)
+    publish(SECTION, _report(rows, digest, image_size, args), args, partial=len(rows) < len(whole))
+
+
+def _kept(output: Path, model: str, weights: Path, cases: Sequence[dict[str, Any]], least: int) -> Path:
+    """Name the folder of finished cases.
+
+    Results belong to one model and network, MobileSAM's weights, one state of the code and of the split's data, one
+    rule for boxes and, for the times, one device and number of threads.
+
+    Args:
+        output: of the script.
+        model: fingerprint of the model and its network.
+        weights: MobileSAM's.
+        cases: of the whole split, so that a part of it is found again.
+        least: see ``--least``.
+    """
+    made_of = fingerprint([code_digest([__file__, common.__file__]), data_digest(cases), weights])
+    return output / f"{model}-{made_of}-{least}-{device().type}-{torch.get_num_threads()}"
 
 
 def _network_files(model: Path, network: Path | None) -> list[Path]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import hashlib
 import logging
 import os
 import platform
@@ -327,6 +328,32 @@ def read_dice(table: str | Path) -> dict[str, float]:
     """Case -> mean Dice over the foreground classes, from a table of :func:`score_cases`, in its order."""
     with Path(table).open(newline="", encoding="utf-8") as file:
         return {row["case"]: float(row["mean_dice"]) for row in csv.DictReader(file)}
+
+
+def known_dice(table: str | Path, cases: Sequence[Mapping[str, Any]]) -> dict[str, float] | None:
+    """Read a table as :func:`read_dice`, in the order of ``cases``; ``None`` if it is absent or of other cases.
+
+    A table from before the data changed is thus made again.
+    """
+    if not Path(table).is_file():
+        return None
+    found, names = read_dice(table), [case["case"] for case in cases]
+    return {name: found[name] for name in names} if found.keys() == set(names) else None
+
+
+def fingerprint(parts: Iterable[Path | str]) -> str:
+    """Digest (12 hex digits) of texts and of the contents of files, in their order."""
+    digest = hashlib.sha256()
+    for part in parts:
+        content = part.read_bytes() if isinstance(part, Path) else part.encode()
+        digest.update(f"{len(content)}:".encode() + content)
+    return digest.hexdigest()[:12]
+
+
+def data_digest(cases: Iterable[Mapping[str, Any]]) -> str:
+    """Fingerprint of the names, images and labels of cases, whatever their order."""
+    ordered = sorted(cases, key=lambda case: case["case"])
+    return fingerprint(part for case in ordered for part in (case["case"], Path(case["image"]), Path(case["label"])))
 
 
 def mean_over_seeds(runs: Sequence[Mapping[str, float]]) -> np.ndarray:

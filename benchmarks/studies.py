@@ -9,16 +9,15 @@ from __future__ import annotations
 import argparse
 import csv
 import gc
-import hashlib
 import json
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from common import load_run, read_dice, score_cases, weights_file
+from common import fingerprint, known_dice, load_run, read_dice, score_cases, weights_file
 from monai.bundle import ConfigParser, ConfigWorkflow
 from torch import nn
 
@@ -29,8 +28,9 @@ from hspsam_monai.training.handlers import clock
 
 logger = logging.getLogger("benchmarks")
 
-#: Rooms of the package whose code decides what a training yields.
+#: Parts of the package whose code decides what a training yields and how it is scored.
 _TRAINING_ROOMS = ("data", "transforms", "encoders", "networks", "training", "inference")
+_TRAINING_MODULES = ("scores.py", "evaluation.py")
 
 
 @dataclass(frozen=True)
@@ -68,25 +68,33 @@ def merged_config(
     return parser
 
 
-def code_digest() -> str:
-    """Fingerprint (12 hex digits) of everything in the repository that decides what a training yields."""
+def code_digest(files: Iterable[str | Path] = ()) -> str:
+    """Fingerprint (12 hex digits) of the package's code that decides what a training yields, and of further files."""
     import hspsam_monai
 
     package = Path(hspsam_monai.__file__).parent
-    files = [Path(name) for name in config_files()]
-    files += sorted(file for room in _TRAINING_ROOMS for file in (package / room).rglob("*.py"))
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
-    return digest.hexdigest()[:12]
+    found = [Path(file) for file in files] + [package / name for name in _TRAINING_MODULES]
+    found += sorted(file for room in _TRAINING_ROOMS for file in (package / room).rglob("*.py"))
+    return fingerprint(part for file in found for part in (file.name, file))
+
+
+def run_code(overlay: str | Sequence[str] | None = None) -> str:
+    """Fingerprint of what a run is made of: code and base configurations; ``+`` and its own overlays, if it has any.
+
+    Two parts, so that runs with different overlays can be seen to come from one state of the code.
+    """
+    base = config_files()
+    own = [Path(file) for file in config_files(overlay)[len(base) :]]
+    return code_digest(base) + (f"+{fingerprint(own)}" if own else "")
 
 
 class Study:
     """Trainings one after another; what is finished is kept, what was interrupted goes on.
 
     ``OUTPUT/NAME/`` is the output folder of a run: ``model.pt``, ``network.json``, ``config.json``,
-    ``learning_curve.csv``; ``settings.json`` (written first) guards against mixing studies, ``run.json`` (written
-    when training is done) marks it as finished, ``scores/SET.csv`` holds one line a case.
+    ``learning_curve.csv``; ``settings.json`` (written first) guards against mixing studies, ``sittings.json`` holds
+    the code and the seconds of each sitting, ``run.json`` (written when training is done) marks it as finished,
+    ``scores/SET.csv`` holds one line a case.
 
     Args:
         output: folder of the study.
@@ -134,12 +142,15 @@ class Study:
         keys = ("epochs", "image_size", "batch_size", "lr", "encoder_lr_scale", "weight_decay", "power", "ema")
         parts = [f"{key} {'/'.join(dict.fromkeys(str(config.get(key)) for config in configs))}" for key in keys]
         weights = dict.fromkeys(record["settings"]["pretrained"] or "random weights" for record in records)
-        codes = list(dict.fromkeys(record["code"] for record in records))
+        # A record from before sittings were kept has one code.
+        codes = [record.get("codes") or [record["code"]] for record in records]
+        overlays = {(str(run.overlay), code) for run, each in zip(self.runs, codes, strict=True) for code in each}
+        bases = {code.partition("+")[0] for _, code in overlays}
+        mixed = len(bases) > 1 or len(overlays) > len({overlay for overlay, _ in overlays})
+        listed = ", ".join(dict.fromkeys(code for each in codes for code in each))
         hours = sum(record["seconds"] for record in records) / 3600
-        text = (
-            f"Training: {', '.join(parts)}, start {'/'.join(weights)}; {hours:.1f} h in all; code {', '.join(codes)}."
-        )
-        return text + (" **The runs come from different states of the code.**" if len(codes) > 1 else "")
+        text = f"Training: {', '.join(parts)}, start {'/'.join(weights)}; {hours:.1f} h in all; code {listed}."
+        return text + (" **The runs come from different states of the code.**" if mixed else "")
 
     def _settings(self, run: Run) -> dict[str, Any]:
         # Places may change between two sittings, what is trained may not.
@@ -165,9 +176,7 @@ class Study:
         return (self.folder(run) / "run.json").is_file() and all(self._scored(run, test) for test in run.tests)
 
     def _scored(self, run: Run, test: str) -> bool:
-        # A table of other cases, from before the data changed, is made again.
-        table = self._table(run, test)
-        return table.is_file() and set(read_dice(table)) == {case["case"] for case in run.tests[test]}
+        return known_dice(self._table(run, test), run.tests[test]) is not None
 
     def _train(self, run: Run) -> None:
         folder = self.folder(run)
@@ -175,16 +184,19 @@ class Study:
             return
         folder.mkdir(parents=True, exist_ok=True)
         _write_json(folder / "settings.json", self._settings(run))
-        earlier = folder / "elapsed.json"
-        before = json.loads(earlier.read_text()) if earlier.is_file() else 0.0
+        sitting = {"code": run_code(run.overlay), "begun": time.time(), "seconds": None}
+        sittings = [*_earlier_sittings(folder), sitting]
+        _write_json(folder / "sittings.json", sittings)
         resume = (folder / "last.pt").is_file()
-        begin, code = time.monotonic(), code_digest()
+        begin = time.monotonic()
         try:
             train(config_files(run.overlay), {**run.overrides, "output_dir": str(folder), "resume": resume})
         finally:
-            seconds = before + time.monotonic() - begin
-            _write_json(earlier, seconds)
-        record = {"settings": self._settings(run), "code": code, "seconds": round(seconds), **_best(folder)}
+            sitting["seconds"] = time.monotonic() - begin
+            _write_json(folder / "sittings.json", sittings)
+        codes = list(dict.fromkeys(each["code"] for each in sittings))
+        seconds = round(sum(each["seconds"] for each in sittings))
+        record = {"settings": self._settings(run), "codes": codes, "seconds": seconds, **_best(folder)}
         _write_json(folder / "run.json", record)
         (folder / "last.pt").unlink(missing_ok=True)  # eight times the size of the model, and done with
 
@@ -217,6 +229,27 @@ def train(files: Sequence[str], overrides: Mapping[str, Any]) -> None:
             root.removeHandler(handler)
             handler.close()
         gc.collect()
+
+
+def _earlier_sittings(folder: Path) -> list[dict[str, Any]]:
+    """Read what earlier sittings of a run wrote: code, begin (seconds since the epoch) and seconds of each.
+
+    A sitting that was killed could not write its seconds; it counts until its last whole epoch, which is where the next
+    one goes on.
+    """
+    file, elapsed, curve = (folder / name for name in ("sittings.json", "elapsed.json", "learning_curve.csv"))
+    if not file.is_file():
+        if not (elapsed.is_file() or (folder / "last.pt").is_file()):
+            return []
+        # Begun before sittings were kept.
+        seconds = json.loads(elapsed.read_text()) if elapsed.is_file() else 0.0
+        return [{"code": "unknown", "begun": None, "seconds": seconds}]
+    sittings = json.loads(file.read_text())
+    for sitting in sittings:
+        if sitting["seconds"] is None:
+            last = curve.stat().st_mtime if curve.is_file() else 0.0
+            sitting["seconds"] = max(0.0, last - sitting["begun"])
+    return sittings
 
 
 def _best(folder: Path) -> dict[str, float]:

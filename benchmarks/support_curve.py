@@ -14,24 +14,27 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import common
 import numpy as np
 import torch
 from common import (
     MISSED,
     argument_parser,
     cases_of,
+    data_digest,
     device,
     image_tensor,
+    known_dice,
     load_network,
     machine_line,
     markdown_table,
     paired_bootstrap,
     publish,
-    read_dice,
     score_cases,
     shared_folder,
     start_logging,
 )
+from studies import code_digest
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -60,34 +63,40 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     start_logging()
 
-    network, size = _network(args.model)
+    network, size, files = _network(args.model)
+    # Scores belong to one model, one state of the code and one state of the data.
+    kept = args.output / code_digest([*files, __file__, common.__file__])
     tables = []
     for name in args.unseen:
-        tests = [case for case in cases_of(args.data / name, "val") if mask_values(case["label"]) != {0}]
+        train, val = (cases_of(args.data / name, split) for split in ("train", "val"))
+        tests = [case for case in val if mask_values(case["label"]) != {0}]
+        folder = kept / f"{Path(name).name}-{data_digest([*train, *val])}"
         scores = {}
         for draw in args.draws:
             for count in sorted(set(args.supports)):
-                supports = draw_cases(cases_of(args.data / name, "train"), count, draw)
+                supports = draw_cases(train, count, draw)
                 for method, candidate in _candidates(network, size, supports).items():
-                    table = args.output / f"{Path(name).name}-{method}-{count}-{draw}.csv"
-                    if not table.is_file():
+                    table = folder / f"{method}-{count}-{draw}.csv"
+                    if known_dice(table, tests) is None:
                         score_cases(candidate, size, 2, tests, table)
-                    scores[method, count, draw] = read_dice(table)
+                    scores[method, count, draw] = known_dice(table, tests)
         tables.append(_report(name, sorted(set(args.supports)), args.draws, scores))
     trained = _trained(args.model)
     publish(SECTION, "\n\n".join([*tables, trained, machine_line()]), args)
 
 
-def _network(model: Path | None) -> tuple[nn.Module, int]:
+def _network(model: Path | None) -> tuple[nn.Module, int, list[Path]]:
+    """Load a Proxy Prompt; returns it, its size in pixels, and the files it is made of."""
     if model is not None:
-        network, size, classes = load_network(model / "model.pt", [model / "network.json"])
+        weights, configs = model / "model.pt", [model / "network.json"]
     else:
-        configs = bundle_root() / "configs"
-        files = [configs / "inference.json", configs / "network" / "proxy_prompt.json"]
-        network, size, classes = load_network(bundle_root() / "models" / "proxy_prompt.safetensors", files)
+        folder = bundle_root() / "configs"
+        weights = bundle_root() / "models" / "proxy_prompt.safetensors"
+        configs = [folder / "inference.json", folder / "network" / "proxy_prompt.json"]
+    network, size, classes = load_network(weights, configs)
     if not hasattr(network, "set_context") or classes != 2:
         raise ConfigError(f"{type(network).__name__} of {classes} classes; expected a Proxy Prompt of one object.")
-    return network, size
+    return network, size, [weights, *configs]
 
 
 class _Copy(nn.Module):

@@ -87,6 +87,65 @@ def test_the_curves_references_need_no_training(phantoms):
     assert "| proxy | 4 | 0.5200 | 0.5200 | 0.5200 ± 0.0000 | 0.0% | +0.0150" in text
 
 
+def test_the_curves_tables_belong_to_one_model_and_its_cases(phantoms, tmp_path, monkeypatch, capsys):
+    import support_curve
+    from common import score_cases
+
+    scored = []
+
+    def network(model):
+        return score_cases, 64, [model / "model.pt"]
+
+    def score(network, size, classes, cases, table):
+        scored.append(table)
+        table.parent.mkdir(parents=True, exist_ok=True)
+        table.write_text("case,mean_dice\n" + "".join(f"{case['case']},0.5\n" for case in cases))
+
+    monkeypatch.setattr(support_curve, "_network", network)
+    monkeypatch.setattr(support_curve, "_candidates", lambda *_: dict.fromkeys(support_curve.METHODS))
+    monkeypatch.setattr(support_curve, "score_cases", score)
+    words = ["--data", str(phantoms), "--unseen", "kvasir", "--supports", "1", "--draws", "0", "--dry"]
+
+    def tables(model):
+        scored.clear()
+        support_curve.main([*words, "--output", str(tmp_path / "out"), "--model", str(tmp_path / model)])
+        return list(scored)
+
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.pt").write_text(name)
+    first = tables("a")
+    assert len(first) == 3 and tables("a") == []
+    assert len(tables("b")) == 3 and tables("b") == tables("a") == []
+    first[0].write_text("case,mean_dice\nanother,0.5\n")
+    assert tables("a") == [first[0]]
+    (tmp_path / "a" / "model.pt").write_text("trained again")
+    assert len(tables("a")) == 3
+    capsys.readouterr()
+
+
+def test_boxed_cases_belong_to_their_code_data_and_weights(phantoms, tmp_path, monkeypatch):
+    import box_prompt
+
+    weights = tmp_path / "mobile_sam.pt"
+    weights.write_text("one")
+    cases = find_cases(phantoms / "kvasir")
+
+    def kept():
+        return box_prompt._kept(tmp_path, "model", weights, cases, 16)
+
+    names = [kept()]
+    assert kept() == names[0]
+    weights.write_text("two")
+    names.append(kept())
+    label = next(path for path in (phantoms / "kvasir" / "masks").iterdir())
+    label.write_bytes(label.read_bytes() + b" ")
+    names.append(kept())
+    monkeypatch.setattr(box_prompt, "code_digest", lambda _: "another")
+    names.append(kept())
+    assert len(set(names)) == 4
+
+
 def test_proxy_speed_sets_every_context_and_its_recurrence_is_the_scans(capsys):
     import proxy_speed
 

@@ -119,6 +119,80 @@ def test_systems_share_everything_but_the_network(phantoms):
     assert "| p (2) | sam-sp | 0.7000 | 0.7500 | 0.7250 | 0.0% | +0.1000 [+0.1000, +0.1000] |" in text
 
 
+def test_the_codes_fingerprint_covers_overlays_and_scoring(tmp_path, monkeypatch):
+    import studies
+
+    import hspsam_monai
+
+    monkeypatch.setattr(hspsam_monai, "__file__", str(tmp_path / "__init__.py"))
+    monkeypatch.setattr(studies, "bundle_root", lambda: tmp_path)
+    names = ["scores.py", "evaluation.py", "networks/a.py", "configs/train.json", "configs/task/polyp.json"]
+    files = [tmp_path / name for name in [*names, "configs/network/own.json"]]
+    for file in files:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("{}")
+    codes = [(studies.run_code(), studies.run_code("network/own.json"))]
+    for file in files:
+        file.write_text("{ }")
+        codes.append((studies.run_code(), studies.run_code("network/own.json")))
+    plain, own = zip(*codes, strict=True)
+    assert len(set(plain)) == 6 and len(set(own)) == 7  # the overlay of another run is none of its business
+    assert all(b.startswith(f"{a}+") for a, b in codes)
+
+
+def test_a_killed_sitting_is_counted_and_its_code_kept(phantoms, tmp_path, monkeypatch):
+    import studies
+
+    overrides = {"dataset_dir": str(phantoms / "kvasir"), "pretrained": "", "seed": 0}
+    run = studies.Run("run", overrides)
+    study, folder = studies.Study(tmp_path, [run]), tmp_path / "run"
+    curve, sittings = folder / "learning_curve.csv", folder / "sittings.json"
+    monkeypatch.setattr(studies, "run_code", lambda _: "first")
+
+    def one_epoch(files, overrides):
+        curve.write_text("epoch,val_mean_dice\n1,0.5\n")
+        (folder / "last.pt").touch()
+        (folder / "config.json").write_text("{}")
+
+    def killed(files, overrides):
+        one_epoch(files, overrides)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(studies, "train", killed)
+    with pytest.raises(KeyboardInterrupt):
+        study._train(run)
+    (sitting,) = json.loads(sittings.read_text())
+    # SIGKILL leaves what was written when the sitting began.
+    sittings.write_text(json.dumps([{**sitting, "begun": curve.stat().st_mtime - 100, "seconds": None}]))
+    monkeypatch.setattr(studies, "train", one_epoch)
+    monkeypatch.setattr(studies, "run_code", lambda _: "second")
+    study._train(run)
+    record = json.loads((folder / "run.json").read_text())
+    assert record["codes"] == ["first", "second"] and 100 <= record["seconds"] < 110
+    assert "code first, second. **The runs come from different states of the code.**" in study.describe()
+
+
+def test_different_overlays_are_no_different_states_of_the_code(phantoms, tmp_path):
+    import studies
+
+    overrides = {"dataset_dir": str(phantoms / "kvasir"), "seed": 0}
+    overlays = {"hsp": None, "plain": "network/conv_pyramid.json"}
+    study = studies.Study(tmp_path, [studies.Run(name, overrides, overlay) for name, overlay in overlays.items()])
+
+    def text(**codes):
+        for name, code in codes.items():
+            (tmp_path / name).mkdir(exist_ok=True)
+            (tmp_path / name / "config.json").write_text("{}")
+            record = {"settings": {"pretrained": ""}, "seconds": 1, **code}
+            (tmp_path / name / "run.json").write_text(json.dumps(record))
+        return study.describe()
+
+    assert "different states" not in text(hsp={"codes": ["a"]}, plain={"codes": ["a+b"]})
+    assert "different states" in text(hsp={"codes": ["a"]}, plain={"codes": ["a+b", "a+c"]})
+    assert "different states" in text(hsp={"codes": ["a"]}, plain={"codes": ["c+b"]})
+    assert "code a." in text(hsp={"code": "a"}, plain={"code": "a"})  # records from before
+
+
 def test_slices_are_a_data_set_of_pictures(tmp_path):
     import nibabel
     from slices import write_slices
