@@ -390,9 +390,12 @@ def by_source(cases: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str,
 
 
 def shared_folder() -> Path | None:
-    """Development data beside the repository: ``$HSPSAM_SHARED``, or ``../shared``; ``None`` if absent."""
+    """Development data beside the repository: ``$HSPSAM_SHARED``, or ``../shared``; ``None`` if absent.
+
+    A folder of that name may be anyone's: it counts if it holds ``weights/mobile_sam.pt`` or ``data/polyp``.
+    """
     path = Path(os.environ.get("HSPSAM_SHARED", REPO.parent / "shared"))
-    return path if path.is_dir() else None
+    return path if (path / "weights" / "mobile_sam.pt").is_file() or (path / "data" / "polyp").is_dir() else None
 
 
 def argument_parser(name: str, description: str, *, data_required: bool = True) -> argparse.ArgumentParser:

@@ -7,7 +7,6 @@ SAM's decoder. The scan must stay linear: 16 times the tokens, 16 times the time
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
 from functools import partial
 
 import torch
@@ -19,7 +18,7 @@ from hspsam_monai.networks import ProxyPrompt
 from hspsam_monai.networks.selective_scan import selective_scan
 
 SECTION = "proxy-speed"
-#: The whole image with a stored context over the plain encoder; tokens/s of the longest over the shortest scan.
+#: The whole image with a stored context over the plain encoder; the dearest over the cheapest token among the scans.
 OVERHEAD_AIM, LINEAR_AIM = 1.25, 1.2
 TOKENS = (1024, 2048, 4096, 8192, 16384)
 #: Tokens of the plain recurrence, a Python step each.
@@ -73,12 +72,6 @@ def _contexts(args: argparse.Namespace) -> str:
         f"{markdown_table(head, rows)}\nOne image, float32, one object, random weights; medians, ratios medians over "
         "rounds in which all took turns."
     )
-
-
-def _segment(network: ProxyPrompt, context: Mapping[str, torch.Tensor], image: torch.Tensor) -> torch.Tensor:
-    for name, value in context.items():
-        setattr(network, name, value)
-    return network(image)
 
 
 def scan_arguments(tokens: int, width: int = 192, states: int = 8) -> list[torch.Tensor]:
