@@ -46,7 +46,7 @@ def machine() -> dict[str, Any]:
     """Describe what a figure was measured on; nothing that names a person or a host.
 
     Returns:
-        CPU model, cores this process may use, threads, memory (GiB), load, device, versions.
+        CPU model, cores this process may use, threads, memory (GiB), load, device, where TF32 is allowed, versions.
     """
     found = environment()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -61,7 +61,10 @@ def machine() -> dict[str, Any]:
         "memory": memory,
         "load": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,
         "device": found["device"] if torch.cuda.is_available() else "CPU",
-        "tf32": torch.backends.cuda.matmul.allow_tf32,
+        "tf32": {
+            "matrix products": torch.backends.cuda.matmul.allow_tf32,
+            "convolutions": torch.backends.cudnn.allow_tf32,
+        },
         "versions": found["versions"],
     }
 
@@ -79,7 +82,8 @@ def machine_line() -> str:
     """Tell :func:`machine` in one line of Markdown."""
     m = machine()
     versions = ", ".join(f"{name} {value}" for name, value in m["versions"].items() if value != "not installed")
-    gpu = "" if m["device"] == "CPU" else f" {m['device']} (TF32 {'on' if m['tf32'] else 'off'});"
+    tf32 = ", ".join(f"{name} {'on' if on else 'off'}" for name, on in m["tf32"].items())
+    gpu = "" if m["device"] == "CPU" else f" {m['device']} (TF32: {tf32});"
     return (
         f"Machine:{gpu} {m['cpu']}, {m['cores']} cores, {m['threads']} threads, {m['memory']} GiB, "
         f"load {m['load']} when written; {versions}."
@@ -114,6 +118,25 @@ def _cell(value: Any) -> str:
     return text.replace("|", "\\|").replace("\n", " ")
 
 
+def check_section(section_name: str, path: str | Path = RESULTS) -> tuple[str, str]:
+    """Find a section, as a study does before it measures for hours what it could not write.
+
+    Returns:
+        What stands before its content and after it, the marks included.
+
+    Raises:
+        ConfigError: there is no such file, or it does not hold the section exactly once.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"{path.name}: found no such file; expected one that holds the section {section_name}.")
+    text = path.read_text(encoding="utf-8")
+    begin, end = f"<!-- section: {section_name} -->", f"<!-- end: {section_name} -->"
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise ConfigError(f"{path.name} must hold {begin} and {end} once, in this order.")
+    return text[: text.index(begin) + len(begin)], text[text.index(end) :]
+
+
 def update_results(section_name: str, markdown: str, path: str | Path = RESULTS) -> Path:
     """Replace what stands between ``<!-- section: NAME -->`` and ``<!-- end: NAME -->``, whole or not at all.
 
@@ -126,13 +149,9 @@ def update_results(section_name: str, markdown: str, path: str | Path = RESULTS)
         ConfigError: the file does not hold the section exactly once, or the content holds such a mark.
     """
     path = Path(path)
-    text = path.read_text(encoding="utf-8")
-    begin, end = f"<!-- section: {section_name} -->", f"<!-- end: {section_name} -->"
-    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
-        raise ConfigError(f"{path.name} must hold {begin} and {end} once, in this order.")
+    before, after = check_section(section_name, path)
     if "<!-- section:" in markdown or "<!-- end:" in markdown:
         raise ConfigError("The content of a section may not hold the marks of a section.")
-    before, after = text[: text.index(begin) + len(begin)], text[text.index(end) :]
     with atomic_write(path) as part:
         part.write_text(f"{before}\n{markdown.strip()}\n{after}", encoding="utf-8")
     return path
@@ -452,12 +471,17 @@ def publish(section: str, markdown: str, args: argparse.Namespace, *, partial: b
         partial: the figures cover a part of the cases only; then they never reach ``benchmarks/RESULTS.md``.
     """
     print(f"\n{markdown}")
-    if args.dry:
-        return
-    if partial and Path(args.results).resolve() == RESULTS:
+    if not is_published(args, partial=partial):
+        if args.dry:
+            return
         logger.warning("Only a part was measured: %s is left as it is.", RESULTS.name)
         return
     logger.info("Section %s of %s replaced.", section, update_results(section, markdown, args.results).name)
+
+
+def is_published(args: argparse.Namespace, *, partial: bool = False) -> bool:
+    """Whether :func:`publish` writes: not with ``--dry``, and no part of the cases into ``benchmarks/RESULTS.md``."""
+    return not args.dry and not (partial and Path(args.results).resolve() == RESULTS)
 
 
 def start_logging() -> None:

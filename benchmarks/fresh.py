@@ -44,9 +44,20 @@ def ask(**question: Any) -> dict[str, Any]:
     raise RuntimeError(f"process ended with {process.returncode}: {last}")
 
 
+def exact_float32() -> None:
+    """Keep float32 what it says on a GPU: torch's default lets convolutions, though no products, run in TF32.
+
+    The peers' convolutions would, ours are products: then their outputs differ by more than a race allows.
+    """
+    import torch
+
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
 def memory(
     kind: str, name: str, size: int, batch: int, precision: str, implementation: str = ""
-) -> dict[str, float | None]:
+) -> dict[str, float | str | None]:
     """Measure the peak memory of one pass of an encoder or of two steps of a training.
 
     Args:
@@ -59,12 +70,15 @@ def memory(
 
     Returns:
         ``bytes``: on a GPU everything allocated, weights included; on a CPU resident memory above that after
-        building. ``None`` where the system does not tell.
+        building. ``None`` where the system does not tell, and where the implementation is absent; then with ``note``.
     """
     from common import device
 
+    exact_float32()
     if kind == "encoder":
         run = _encoder(name, implementation, size, batch, precision)
+        if isinstance(run, str):
+            return {"bytes": None, "note": run}
     else:
         from speed_training import TRAINED, images, step
 
@@ -79,7 +93,8 @@ def memory(
     return {"bytes": peak_bytes(run, device().type)}
 
 
-def _encoder(name: str, implementation: str, size: int, batch: int, precision: str) -> Callable[[], Any]:
+def _encoder(name: str, implementation: str, size: int, batch: int, precision: str) -> Callable[[], Any] | str:
+    """Build one implementation; what a pass of it does, or why it is absent."""
     import torch
     from common import device
     from peers import build, random_encoder
@@ -87,7 +102,7 @@ def _encoder(name: str, implementation: str, size: int, batch: int, precision: s
     encoder = random_encoder(name, size)
     contenders, absent = build(encoder, device(), only=implementation)
     if not contenders:
-        raise RuntimeError(absent[implementation])
+        return absent[implementation]
     contender = contenders[0]
     encoder.to(device())
     x = contender.input(torch.rand(batch, 3, size, size).to(device()), encoder)
@@ -158,6 +173,7 @@ def cold(model: str, files: list[str]) -> dict[str, float]:
     from hspsam_monai.networks import load_checkpoint
 
     imported = time.perf_counter()
+    exact_float32()
     parser = ConfigParser()
     parser.read_config(files)
     network = parser.get_parsed_content("network_def")

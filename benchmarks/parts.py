@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from common import device, machine_line
-from timing import load
+from timing import failed, load
 
 from hspsam_monai.bundle_path import bundle_root
 from hspsam_monai.encoders.sam_vit import VARIANTS
@@ -58,7 +58,7 @@ class Settings:
     least: int = 3
     most: int = 200
     compile: bool = False
-    compile_batches: tuple[int, ...] = (1, 8)
+    compile_batches: tuple[int, ...] = (1, 8, 32)
     network_encoder: str = "sam_vit_b"
     latency_rounds: int = 100
     cold_rounds: int = 3
@@ -101,12 +101,14 @@ class Case(NamedTuple):
 class Part(NamedTuple):
     """One section of RESULTS.md.
 
-    ``cases`` lists what is measured (and builds nothing yet); ``report`` turns the rows of all cases into Markdown.
+    ``cases`` lists what is measured (and builds nothing yet); ``report`` turns the rows of all cases, at least one,
+    into Markdown; ``needs`` says what a part without cases lacks.
     """
 
     section: str
     cases: Callable[[Settings], list[Case]]
     report: Callable[[Sequence[Row], Settings], str]
+    needs: str = "see benchmarks/README.md"
 
 
 def encoder_flops(name: str, size: int) -> float:
@@ -147,14 +149,6 @@ def _version(name: str) -> str:
         return version(name)
     except PackageNotFoundError:
         return "not installed"
-
-
-def failed(error: Exception) -> str:
-    """Say in a table why a row has no figure."""
-    if isinstance(error, torch.OutOfMemoryError):
-        return "out of memory"
-    first = str(error).strip().splitlines()
-    return f"failed: {type(error).__name__}{f' ({first[0][:80]})' if first else ''}"
 
 
 __all__ = ["Case", "Part", "Row", "Settings", "encoder_flops", "failed", "footer", "load", "shipped", "shipped_files"]

@@ -6,13 +6,16 @@ Nothing is timed before :func:`refusal` has seen that a contender computes what 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import chdir, nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
+from importlib.util import find_spec
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from timing import failed
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -21,6 +24,11 @@ from hspsam_monai.encoders.sam_vit import VARIANTS, Variant
 from hspsam_monai.errors import ConfigError
 
 OURS = "hspsam"
+#: Those whose output every other is held to.
+PUBLISHED = ("segment_anything", "kornia")
+FAST = "segment_anything_fast"
+#: Peer -> where it comes from, if not from PyPI: the package ``segment-anything-fast`` there is another project's.
+SOURCES = {FAST: "github.com/pytorch-labs/segment-anything-fast"}
 #: Largest relative difference of two outputs in float32: max |a - b| / max |b|.
 TOLERANCE = 1e-5
 #: Smallest cosine between an output in bfloat16 and the published one in float32.
@@ -39,6 +47,7 @@ class Contender:
         compiled: by ``torch.compile``.
         cast: its weights are bfloat16 and no autocast is used, as its authors run it; then only that precision exists.
         mode: mode of ``torch.compile``.
+        writes: leaves files in the working directory; it runs in a temporary one.
     """
 
     name: str
@@ -47,6 +56,7 @@ class Contender:
     compiled: bool = False
     cast: bool = False
     mode: str | None = None
+    writes: bool = False
 
     @property
     def ours(self) -> bool:
@@ -64,13 +74,20 @@ class Contender:
     def encode(self, x: Tensor, precision: str) -> Tensor:
         """Encode (B, 3, S, S) of :meth:`input`; returns the embedding (B, 256, S/16, S/16)."""
         lower = precision == "bfloat16" and not self.cast
-        with torch.autocast(x.device.type, torch.bfloat16) if lower else nullcontext():
+        place = chdir(_scratch().name) if self.writes else nullcontext()
+        with place, torch.autocast(x.device.type, torch.bfloat16) if lower else nullcontext():
             return _embedding(self.module(x))
 
     def compile(self) -> Contender:
         """Return the same contender compiled for the one shape it will meet."""
         module = torch.compile(self.module, dynamic=False, mode=self.mode)
         return replace(self, name=f"{self.name}, compiled", module=module, compiled=True)
+
+
+@cache
+def _scratch() -> TemporaryDirectory:
+    """One folder for the whole process, which goes with it: what a peer has tuned there, it finds again."""
+    return TemporaryDirectory()
 
 
 def _embedding(output: Any) -> Tensor:
@@ -124,7 +141,7 @@ def peer_builders(encoder: Encoder, device: torch.device) -> dict[str, Callable[
             "transformers, SDPA": lambda: Contender("transformers, SDPA", _transformers(encoder)),
         }
         if device.type == "cuda":
-            builders["segment_anything_fast"] = lambda: _fast(encoder)
+            builders[FAST] = lambda: _fast(encoder)
         return builders
     if isinstance(encoder, TinyViT) and encoder.levels[0].stride == 4:
         return {"kornia": lambda: Contender("kornia", _kornia(encoder.state_dict(), encoder.image_size))}
@@ -140,7 +157,7 @@ def build(encoder: Encoder, device: torch.device, only: str | None = None) -> tu
         only: the one contender that is wanted.
 
     Returns:
-        The contenders, the published implementation first and ours last; and peer -> why it is not there.
+        The contenders, ours last; and peer -> why it is not there: whatever its builder raises costs its row alone.
     """
     found, absent = [], {}
     for name, builder in peer_builders(encoder, device).items():
@@ -148,13 +165,35 @@ def build(encoder: Encoder, device: torch.device, only: str | None = None) -> tu
             continue
         try:
             peer = builder()
-        except ImportError as error:
-            absent[name] = "not installed" if isinstance(error, ModuleNotFoundError) else f"does not import: {error}"
-            continue
-        found.append(replace(peer, module=peer.module.to(device).eval()))
+            found.append(replace(peer, module=peer.module.to(device).eval()))
+        except ModuleNotFoundError as error:
+            source = f" (it is at {SOURCES[name]})" if name in SOURCES and find_spec(name) is None else ""
+            absent[name] = f"{error.name} is not installed{source}"
+        except Exception as error:  # out of memory, another version's arguments or weights
+            absent[name] = f"does not import: {error}" if isinstance(error, ImportError) else failed(error)
     if only in (None, OURS):
         found.append(Contender(OURS, encoder.to(device).eval(), normalised=False))
     return found, absent
+
+
+def reference(contenders: Sequence[Contender], absent: dict[str, str]) -> Contender:
+    """Find the published implementation, which every other is compared with.
+
+    Raises:
+        ConfigError: it is not among them; nothing may then be timed.
+    """
+    for contender in contenders:
+        if contender.name in PUBLISHED:
+            return contender
+    reasons = "; ".join(absent[name] for name in PUBLISHED if name in absent)
+    raise ConfigError(f"no published output to compare with: {reasons}")
+
+
+def packages(device: torch.device) -> list[str]:
+    """Distributions of the peers whose versions stand beneath a table besides those of :func:`common.machine`."""
+    # PyPI's distribution of that name brings another module.
+    fast = device.type == "cuda" and find_spec(FAST) is not None
+    return ["transformers", *["segment-anything-fast"] * fast]
 
 
 def refusal(output: Tensor, expected: Tensor, precision: str) -> str | None:
@@ -204,12 +243,15 @@ def _official(encoder: SamViT) -> nn.Module:
 
 
 def _fast(encoder: SamViT) -> Contender:
-    """segment_anything_fast as its authors run it: bfloat16 weights, later compiled with max-autotune."""
+    """segment_anything_fast as its authors run it: bfloat16 weights, later compiled with max-autotune.
+
+    On other GPUs than an A100 it keeps what it tuned in a pickle in the working directory.
+    """
     from segment_anything_fast.modeling import ImageEncoderViT
 
     model = ImageEncoderViT(**_vit_arguments(encoder))
     model.load_state_dict(encoder.state_dict())
-    return Contender("segment_anything_fast", model.bfloat16(), cast=True, mode="max-autotune")
+    return Contender(FAST, model.bfloat16(), cast=True, mode="max-autotune", writes=True)
 
 
 #: transformers' names for the parts of segment_anything's encoder.

@@ -18,10 +18,21 @@ import speed_memory
 import speed_network
 import speed_training
 import torch
-from common import argument_parser, device, logger, machine_line, publish, start_logging
-from parts import Part, Row, Settings, failed
+from common import (
+    argument_parser,
+    check_section,
+    device,
+    is_published,
+    logger,
+    machine_line,
+    publish,
+    start_logging,
+)
+from fresh import exact_float32
+from parts import Case, Part, Row, Settings, failed, shipped
 from timing import Progress
 
+from hspsam_monai.errors import ConfigError
 from hspsam_monai.training.handlers import clock
 
 #: In the order in which they run; each has a section of RESULTS.md.
@@ -56,11 +67,32 @@ def main(argv: list[str] | None = None) -> int:
         "--network", type=Path, nargs="+", default=[], help="what describes it; default: inference.json"
     )
     args = parser.parse_args(argv)
+    check_given(args, parser.get_default("data"))
     start_logging()
+    exact_float32()
     logger.info("%s", machine_line())
     settings = settings_of(args)
-    partial = {name: args.quick or _narrowed(name, args) for name in args.parts}
+    partial = {name: args.quick or _narrowed(name, args, settings) for name in args.parts}
     return int(run([(name, PARTS[name]) for name in args.parts], settings, args, partial))
+
+
+def check_given(args: argparse.Namespace, default: Path | None) -> None:
+    """Refuse what was named and is not there; it would cost sections that were measured with it.
+
+    Args:
+        args: of :func:`main`.
+        default: of ``--data``, which may be absent.
+
+    Raises:
+        ConfigError: ``--data``, ``--model`` or a ``--network`` does not exist.
+    """
+    files = {"--model": [args.model] if args.model is not None else [], "--network": args.network}
+    for option, paths in files.items():
+        for path in paths:
+            if not path.is_file():
+                raise ConfigError(f"{option} {path}: found no such file; expected one, or leave {option} out.")
+    if args.data is not None and args.data != default and not args.data.is_dir():
+        raise ConfigError(f"--data {args.data}: found no such folder; expected data sets, or leave --data out.")
 
 
 def settings_of(args: argparse.Namespace) -> Settings:
@@ -82,11 +114,15 @@ def settings_of(args: argparse.Namespace) -> Settings:
     return replace(found, **given)
 
 
-def _narrowed(name: str, args: argparse.Namespace) -> bool:
-    """Whether a part covers less than its table promises, so that it must not replace the whole."""
-    if name == "guard":
-        return args.guard_images is not None
-    return bool(args.sizes or args.batches) and name in ("encoder", "memory", "overhead")
+def _narrowed(name: str, args: argparse.Namespace, settings: Settings) -> bool:
+    """Whether a part covers less than its table promises, or another model, so that it must not replace the whole."""
+    narrowed = {
+        ("encoder", "memory", "overhead"): args.sizes or args.batches,
+        ("encoder", "latency", "guard"): args.compile == "no",
+        ("overhead", "latency", "guard"): args.model is not None or args.network or shipped(settings) is None,
+        ("guard",): args.guard_images is not None or args.split != "val",
+    }
+    return any(name in parts and bool(value) for parts, value in narrowed.items())
 
 
 def run(parts: list[tuple[str, Part]], settings: Settings, args: argparse.Namespace, partial: dict[str, bool]) -> bool:
@@ -99,16 +135,30 @@ def run(parts: list[tuple[str, Part]], settings: Settings, args: argparse.Namesp
         partial: name -> whether its figures may not reach RESULTS.md.
 
     Returns:
-        Whether a case failed. Its part is published without it.
+        Whether anything failed. A part is published without its failed cases; one that cannot be planned, reported or
+        published, or of which nothing was measured, leaves its section as it is and costs no other.
+
+    Raises:
+        ConfigError: the results file lacks a section, seen before anything is measured.
     """
-    plan = {name: part.cases(settings) for name, part in parts}
+    for name, part in parts:
+        if is_published(args, partial=partial[name]):
+            check_section(part.section, args.results)
+    any_failed = False
+    plan: dict[str, list[Case]] = {}
+    for name, part in parts:
+        try:
+            plan[name] = part.cases(settings)
+        except Exception:
+            logger.exception("%s cannot be planned; its section stays as it is.", part.section)
+            any_failed = True
     progress = Progress([case.cost for cases in plan.values() for case in cases])
     logger.info("About %s, guessed before the first case.", clock(progress.left()))
-    begin, any_failed = time.monotonic(), False
+    begin = time.monotonic()
     for name, part in parts:
         rows: list[Row] = []
         failures = []
-        for case in plan[name]:
+        for case in plan.get(name, []):
             progress.begin(case.label)
             try:
                 rows += case.run()
@@ -119,13 +169,27 @@ def run(parts: list[tuple[str, Part]], settings: Settings, args: argparse.Namesp
                 torch.cuda.empty_cache()
         speed_encoder.models.cache_clear()
         any_failed |= bool(failures)
-        if plan[name] and not rows:
-            logger.error("Nothing of %s could be measured; its section stays as it is.", part.section)
+        if not any(_has_figure(row) for row in rows):
+            if name in plan:
+                notes = [*failures, *dict.fromkeys(row["note"] for row in rows if row.get("note"))]
+                reason = "; ".join(notes) if plan[name] else part.needs
+                logger.error("Nothing of %s was measured (%s); its section stays as it is.", part.section, reason)
+                any_failed |= bool(plan[name])
             continue
         missing = "".join(f"\n\nFailed: {failure}" for failure in failures)
-        publish(part.section, part.report(rows, settings) + missing, args, partial=partial[name])
+        try:
+            publish(part.section, part.report(rows, settings) + missing, args, partial=partial[name])
+        except Exception:
+            logger.exception("%s was measured but cannot be published; its rows: %s", part.section, rows)
+            any_failed = True
     logger.info("Done in %s.", clock(time.monotonic() - begin))
     return any_failed
+
+
+def _has_figure(row: Row) -> bool:
+    """Whether a row holds more than the reason why it is empty."""
+    figures = [row[key] for key in ("timing", "times", "bytes", "changes") if key in row]
+    return not figures or any(figures)
 
 
 if __name__ == "__main__":

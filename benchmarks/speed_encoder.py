@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from common import logger, markdown_table
 from parts import Case, Part, Row, Settings, encoder_flops, failed, footer, load
-from peers import COSINE, OURS, TOLERANCE, Contender, build, random_encoder, refusal, variant_of
+from peers import COSINE, OURS, TOLERANCE, Contender, build, packages, random_encoder, reference, refusal, variant_of
 from timing import TIMING_HEAD, Timing, interleave, race, verdict
 from torch import Tensor
 from work import roofline, tiny_flops, tiny_products, vit_flops, vit_products
@@ -19,15 +19,17 @@ from work import roofline, tiny_flops, tiny_products, vit_flops, vit_products
 from hspsam_monai.encoders import Encoder
 
 MATMUL = "matrix products"
-#: (device, encoder, precision, size) -> at least so many times as fast as the best peer.
+#: (device, encoder, precision, size, batch or ``None`` for any) -> at least so many times as fast as the best peer.
 AIMS = {
-    ("cpu", "sam_vit_b", "float32", 256): 1.4,
-    ("cpu", "sam_vit_b", "float32", 512): 1.3,
-    ("cpu", "sam_vit_b", "float32", 1024): 1.5,
-    ("cpu", "mobile_sam", "float32", 512): 1.2,
-    ("cuda", "sam_vit_b", "bfloat16", 256): 1.3,
-    ("cuda", "sam_vit_b", "bfloat16", 512): 1.3,
+    ("cpu", "sam_vit_b", "float32", 256, None): 1.4,
+    ("cpu", "sam_vit_b", "float32", 512, None): 1.3,
+    ("cpu", "sam_vit_b", "float32", 1024, None): 1.5,
+    ("cpu", "mobile_sam", "float32", 512, None): 1.2,
+    ("cuda", "sam_vit_b", "bfloat16", 256, 8): 1.3,
+    ("cuda", "sam_vit_b", "bfloat16", 512, 8): 1.3,
 }
+#: The same key -> at least this share of the speed of bare matrix products.
+SHARE_AIMS = {("cuda", "sam_vit_b", "bfloat16", 1024, 8): 0.5}
 
 
 @lru_cache(maxsize=1)
@@ -48,11 +50,15 @@ def measure(name: str, size: int, batch: int, settings: Settings) -> list[Row]:
 
     Returns:
         One row a contender and precision; ``timing`` is ``None`` where ``note`` says why.
+
+    Raises:
+        ConfigError: the published implementation is absent, so nothing can be compared.
     """
     device = settings.device
     encoder, contenders, absent = models(name, size, device)
     image = torch.rand(batch, 3, size, size, generator=torch.Generator().manual_seed(1)).to(device)
-    expected, whole = published_output(contenders[0], encoder, image)
+    published = reference(contenders, absent)
+    expected, whole = published_output(published, encoder, image)
     rows: list[Row] = []
     for precision in settings.precisions:
         base = {"encoder": name, "size": size, "batch": batch, "precision": precision, "device": device.type}
@@ -60,12 +66,13 @@ def measure(name: str, size: int, batch: int, settings: Settings) -> list[Row]:
         if settings.compile and precision == "bfloat16" and batch in settings.compile_batches:
             torch.compiler.reset()
             field += [contender.compile() for contender in field]
-        warm = contenders[0] if whole and precision == "float32" else None
+        warm = published if whole and precision == "float32" else None
         entries, started = _admit(field, encoder, image, expected, precision, warm)
-        times = _time(name, encoder, entries, size, batch, precision, settings)
+        times, failures = _time(encoder, entries, size, batch, precision, settings)
         share = _share(name, encoder, size, batch, times)
         for contender in field:
             reason, seconds = started[contender.name]
+            reason = reason or failures.get(contender.name)
             note = reason or (f"first call, with compiling, {seconds:.0f} s" if contender.compiled else "")
             rows.append({
                 **base, "implementation": contender.name, "compiled": contender.compiled, "note": note,
@@ -139,20 +146,26 @@ def _admit(
 
 
 def _time(
-    name: str, encoder: Encoder, entries: dict[str, Callable[[], Tensor]], size: int, batch: int, precision: str,
+    encoder: Encoder, entries: dict[str, Callable[[], Tensor]], size: int, batch: int, precision: str,
     settings: Settings,
-) -> dict[str, Timing]:  # fmt: skip
-    """Interleave contenders and the matrix products; nothing is timed where ours was refused."""
+) -> tuple[dict[str, Timing], dict[str, str]]:  # fmt: skip
+    """Interleave contenders and the matrix products; nothing is timed where ours was refused.
+
+    Returns:
+        The times of those that ran to the end, and why the others did not.
+    """
     if OURS not in entries:
-        return {}
+        return {}, {}
     variant = variant_of(encoder)
     shapes = tiny_products(size, batch) if variant is None else vit_products(variant, size, batch)
     products, _ = roofline(shapes, settings.device, getattr(torch, precision))
     products()  # the contenders have run once too
-    return interleave(
+    failures: dict[str, str] = {}
+    times = interleave(
         {**entries, MATMUL: products}, settings.device, settings.seconds,
-        least=settings.least, most=settings.most, warm=settings.warm,
+        least=settings.least, most=settings.most, warm=settings.warm, failures=failures,
     )  # fmt: skip
+    return times, failures
 
 
 def _share(name: str, encoder: Encoder, size: int, batch: int, times: dict[str, Timing]) -> dict[str, float]:
@@ -211,7 +224,7 @@ def ratios(rows: Sequence[Row]) -> list[list[Any]]:
     for row in rows:
         groups.setdefault((row["device"], row["encoder"], row["precision"], row["size"], row["batch"]), []).append(row)
     for key, members in groups.items():
-        aim = AIMS.get(key[:4])
+        aim = aim_of(AIMS, key)
         for compiled in sorted({row["compiled"] for row in members}):
             mine = next((r for r in members if _is_ours(r) and r["compiled"] == compiled), None)
             if mine is None:
@@ -226,12 +239,28 @@ def ratios(rows: Sequence[Row]) -> list[list[Any]]:
             lines.append([
                 encoder, size, batch, precision, "compiled" if compiled else "eager",
                 found.peer if found else "–",
-                _times(found.by_median) if found else f"refused: {mine['note']}" if mine["note"] else None,
+                _times(found.by_median) if found else _why(mine),
                 _times(found.by_minimum) if found else "–",
                 verdict(found.by_median if found else None, aim),
-                None if mine["share"] is None else f"{mine['share']:.2f}",
+                _share_cell(mine["share"], aim_of(SHARE_AIMS, key)),
             ])  # fmt: skip
     return lines
+
+
+def aim_of(aims: dict[tuple, float], key: tuple) -> float | None:
+    """Find the aim of a (device, encoder, precision, size, batch): that of the batch, or that of any batch."""
+    return aims.get(key, aims.get((*key[:4], None)))
+
+
+def _share_cell(share: float | None, aim: float | None) -> str | None:
+    text = None if share is None else f"{share:.2f}"
+    return text if aim is None else f"{text or '–'} ({verdict(share, aim)})"
+
+
+def _why(mine: Row) -> str | None:
+    """Say why ours has no ratio: refused, failed, or without a peer (then ``None``)."""
+    note = "" if mine["timing"] is not None else mine["note"]
+    return None if not note else note if note.startswith("failed") else f"refused: {note}"
 
 
 def _is_ours(row: Row) -> bool:
@@ -261,14 +290,14 @@ def report(rows: Sequence[Row], settings: Settings) -> str:
         f"the published one: float32 within {TOLERANCE:.0e} (relative), bfloat16 with a cosine of at least {COSINE} to "
         "float32. Each has run once before (on a GPU four times); then all take turns, with the matrix products among "
         f"them, for {settings.seconds:g} s, at least {settings.least} rounds. bfloat16 is autocast. The pixel "
-        "statistics are applied inside our time, before the peers'. `peer ÷ ours` divides medians. `of matmul FLOP/s`: "
+        "statistics are applied inside our time, before the peers'. `peer ÷ ours` divides medians; `by minima` "
+        "divides the shortest round of any peer, not only of the best, by our shortest. `of matmul FLOP/s`: "
         "FLOP/s of the encoder over those of the linear layers of one block (TinyViT: one a stage), as bare matrix "
         "products of the same precision between the contenders. The encoder's work is counted analytically on real "
         "tokens, not on padding, for every implementation alike; norms, activations and softmax count nothing. "
         "`kornia` is MobileSAM's arrangement: padded windows, batch norms not folded."
     )
-    packages = ["transformers"] + (["segment-anything-fast"] if settings.device.type == "cuda" else [])
-    return f"{summary}\n{markdown_table([*columns, 'note'], lines)}\n{footer(rows, text, packages)}"
+    return f"{summary}\n{markdown_table([*columns, 'note'], lines)}\n{footer(rows, text, packages(settings.device))}"
 
 
 PART = Part("encoder-speed", cases, report)

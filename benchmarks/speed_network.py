@@ -136,16 +136,18 @@ def warm(settings: Settings) -> list[Row]:
     if settings.compile:
         fast = torch.compile(network, mode="reduce-overhead", dynamic=False)
         graph = partial(to_mask, ImageInferer(size, "float32"), fast, image, settings.device)
-        label = "one pass, float32, compiled with CUDA graph"
+        label = "one pass, float32, compiled" + (" with CUDA graph" if settings.device.type == "cuda" else "")
         try:
             graph()
             runs[label] = graph
         except Exception as error:  # a compiler that fails costs its row, not the benchmark
             absent = [{"what": f"warm, {label}", "timing": None, "note": failed(error)}]
+    failures: dict[str, str] = {}
     times = interleave(
-        runs, settings.device, settings.seconds,
+        runs, settings.device, settings.seconds, failures=failures,
         least=settings.latency_rounds, most=max(settings.most, settings.latency_rounds), warm=max(2, settings.warm),
     )  # fmt: skip
+    absent += [{"what": f"warm, {label}", "timing": None, "note": why} for label, why in failures.items()]
     measured = [
         {"what": f"warm, {label}", "timing": timing, "size": size, "load": load()} for label, timing in times.items()
     ]
@@ -191,7 +193,9 @@ def command(settings: Settings) -> list[Row]:
 
 
 def latency_cases(settings: Settings) -> list[Case]:
-    """Warm pictures, then cold starts."""
+    """Warm pictures, then cold starts; none without a model."""
+    if shipped(settings) is None:
+        return []
     return [
         Case(
             "latency of one warm image", max(settings.seconds, 0.5 * settings.latency_rounds), partial(warm, settings)
@@ -203,8 +207,6 @@ def latency_cases(settings: Settings) -> list[Case]:
 
 def latency_report(rows: Sequence[Row], settings: Settings) -> str:
     """Write percentiles of the warm rows and the cold start beside its aim."""
-    if not rows:
-        return "not measured: the bundle has no models/model.pt."
     lines = []
     for row in rows:
         timing, few = row["timing"], row["what"] in (COLD, COMMAND)
@@ -235,4 +237,4 @@ def latency_report(rows: Sequence[Row], settings: Settings) -> str:
 
 
 OVERHEAD = Part("prompt-free-overhead", overhead_cases, overhead_report)
-LATENCY = Part("latency", latency_cases, latency_report)
+LATENCY = Part("latency", latency_cases, latency_report, "it needs the bundle's models/model.pt")

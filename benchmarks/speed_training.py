@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from common import markdown_table
-from parts import Case, Part, Row, Settings, encoder_flops, footer, load
-from timing import TIMING_HEAD, interleave, race, verdict
+from common import logger, markdown_table
+from parts import Case, Part, Row, Settings, encoder_flops, failed, footer, load
+from timing import TIMING_HEAD, Timing, interleave, race, verdict
 from torch import Tensor, nn
 
 from hspsam_monai.encoders import Encoded
@@ -117,24 +117,31 @@ _LOSS = DiceCE()
 
 
 def measure(precision: str, settings: Settings) -> list[Row]:
-    """Interleave one step of every entry of :data:`TRAINED`."""
+    """Interleave one step of every entry of :data:`TRAINED`; ``timing`` is ``None`` where ``note`` says why."""
     image, label = images(settings.train_size, settings.train_batch, settings.device)
     runs, cached = {}, {}
+    failures: dict[str, str] = {}
     for name, builder in TRAINED.items():
-        trainee = builder(image)
+        try:
+            trainee = builder(image)
+        except Exception as error:  # costs its row, not the others
+            logger.warning("%s cannot be built: %s", name, failed(error))
+            failures[name] = failed(error)
+            continue
         cached[name] = trainee.cached
         runs[name] = partial(step, trainee, trainee.optimizer(), label, precision)
     times = interleave(
-        runs, settings.device, settings.seconds,
+        runs, settings.device, settings.seconds, failures=failures,
         least=settings.least, most=settings.most, warm=max(1, settings.warm),
     )  # fmt: skip
     dtype = autocast_dtype(settings.device, precision)
     return [
         {
             "name": name, "precision": precision, "dtype": str(dtype or torch.float32).removeprefix("torch."),
-            "timing": timing, "cached": cached[name], "load": load(),
+            "timing": times.get(name), "cached": cached.get(name, False), "note": failures.get(name, ""),
+            "load": load(),
         }
-        for name, timing in times.items()
+        for name in TRAINED
     ]  # fmt: skip
 
 
@@ -165,7 +172,7 @@ def report(rows: Sequence[Row], settings: Settings) -> str:
         gain = found.by_median if found else None
         label = row["precision"] if row["precision"] == row["dtype"] else f"{row['precision']} ({row['dtype']})"
         lines.append([
-            row["name"], label, f"{1 / row['timing'].median:.3g}", *row["timing"].cells(),
+            row["name"], label, *_cells(row["timing"]),
             None if gain is None else f"{gain:.2f} ×", verdict(gain, CACHE_AIM if row["cached"] else None),
         ])  # fmt: skip
     if not any(row["cached"] for row in rows):
@@ -179,7 +186,12 @@ def report(rows: Sequence[Row], settings: Settings) -> str:
         f"Steps take turns for {settings.seconds:g} s a precision, at least "
         f"{settings.least} rounds after a warm-up.{same}"
     )
-    return f"{markdown_table(head, lines)}\n{footer(rows, text)}"
+    without = "".join(f" {r['name']}, {r['precision']}: {r['note']}." for r in rows if r["timing"] is None)
+    return f"{markdown_table(head, lines)}\n{footer(rows, text + without)}"
+
+
+def _cells(timing: Timing | None) -> list[str | None]:
+    return [None] * 5 if timing is None else [f"{1 / timing.median:.3g}", *timing.cells()]
 
 
 PART = Part("training-speed", cases, report)

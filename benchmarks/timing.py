@@ -84,6 +84,7 @@ def interleave(
     least: int = 3,
     most: int = MOST_ROUNDS,
     warm: int = 1,
+    failures: dict[str, str] | None = None,
 ) -> dict[str, Timing]:
     """Time several contenders in turn, A B C A B C ..., until a time budget is used up.
 
@@ -94,30 +95,56 @@ def interleave(
         least: rounds that are made even if they exceed the budget.
         most: rounds that are never exceeded.
         warm: rounds before the clock starts.
+        failures: takes contender -> why, of those that raise; they leave the race and the others go on. Without it, the
+            first that raises ends the race.
 
     Returns:
-        Contender -> its times, all of one length.
+        Contender -> its times, all of one length; without those in ``failures``.
 
     Raises:
         ConfigError: ``least`` is below 1 or above ``most``.
     """
     if not 1 <= least <= most:
         raise ConfigError(f"least is {least} and most {most} rounds; expected 1 <= least <= most.")
-    for _ in range(warm):
-        for run in runs.values():
-            run()
     times: dict[str, list[float]] = {name: [] for name in runs}
+
+    def turn(measured: bool) -> None:
+        for name in list(times):
+            try:
+                took = seconds_of(runs[name], device)
+            except Exception as error:
+                if failures is None:
+                    raise
+                logger.warning("%s leaves the race: %s", name, failed(error))
+                failures[name] = failed(error)
+                del times[name]
+                continue
+            if measured:
+                times[name].append(took)
+
+    for _ in range(warm):
+        turn(measured=False)
     begin = time.monotonic()
     for done in range(most):
-        if done >= least and time.monotonic() - begin >= seconds:
+        if not times or (done >= least and time.monotonic() - begin >= seconds):
             break
-        for name, run in runs.items():
-            times[name].append(seconds_of(run, device))
+        turn(measured=True)
     return {name: Timing(tuple(values)) for name, values in times.items()}
 
 
+def failed(error: Exception) -> str:
+    """Say in a table why a row has no figure."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return "out of memory"
+    first = str(error).strip().splitlines()
+    return f"failed: {type(error).__name__}{f' ({first[0][:80]})' if first else ''}"
+
+
 class Race(NamedTuple):
-    """The fastest peer, and peer / ours by medians and by minima: above 1 ours is faster."""
+    """The peer of the lowest median; lowest median and lowest minimum of all peers over ours: above 1 ours is faster.
+
+    The two ratios may be those of two peers: each is the strictest there is.
+    """
 
     peer: str
     by_median: float
@@ -125,11 +152,12 @@ class Race(NamedTuple):
 
 
 def race(ours: Timing | None, peers: Mapping[str, Timing]) -> Race | None:
-    """Compare ours with the peer of the lowest median; ``None`` if either side was not measured."""
+    """Compare ours with the best of its peers; ``None`` if either side was not measured."""
     if ours is None or not peers:
         return None
     best = min(peers, key=lambda name: peers[name].median)
-    return Race(best, peers[best].median / ours.median, peers[best].minimum / ours.minimum)
+    shortest = min(timing.minimum for timing in peers.values())
+    return Race(best, peers[best].median / ours.median, shortest / ours.minimum)
 
 
 def verdict(value: float | None, aim: float | None, *, at_most: bool = False) -> str:

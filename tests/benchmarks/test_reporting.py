@@ -53,6 +53,40 @@ def test_a_section_that_is_not_there_is_refused(tmp_path, name, content, message
     assert "old" in file.read_text()
 
 
+def test_a_folder_called_shared_counts_only_with_what_the_benchmarks_need(tmp_path, monkeypatch):
+    from common import shared_folder
+
+    monkeypatch.setenv("HSPSAM_SHARED", str(tmp_path))
+    assert shared_folder() is None  # anyone's
+    (tmp_path / "data" / "polyp").mkdir(parents=True)
+    assert shared_folder() == tmp_path
+    monkeypatch.setenv("HSPSAM_SHARED", str(tmp_path / "other"))
+    assert shared_folder() is None
+    (tmp_path / "other" / "weights").mkdir(parents=True)
+    (tmp_path / "other" / "weights" / "mobile_sam.pt").touch()
+    assert shared_folder() == tmp_path / "other"
+
+
+def test_a_script_that_fails_costs_no_other(tmp_path, monkeypatch, capsys):
+    import run
+
+    file = tmp_path / "RESULTS.md"
+    file.write_text("")
+    called = []
+
+    def fails(words):
+        called.append(words)
+        raise RuntimeError("CUDA error")
+
+    monkeypatch.setattr(run, "_missing", lambda *_: [])
+    monkeypatch.setattr(run.box_prompt, "main", fails)
+    monkeypatch.setattr(run.speed, "main", lambda words: called.append(words) or 0)
+    monkeypatch.setattr(run, "shared_folder", lambda: tmp_path)  # its data/polyp is absent: not named to speed.py
+    assert run.main(["--results", str(file)]) == 1
+    assert len(called) == 2 and "--data" not in called[1]
+    capsys.readouterr()
+
+
 def test_every_script_has_its_section(repo):
     import box_prompt
     import doubtful
@@ -86,6 +120,16 @@ def test_the_machine_is_described_without_its_name():
     assert found["threads"] == torch.get_num_threads()
     assert found["versions"]["torch"] in machine_line()
     assert socket.gethostname() not in json.dumps(list(found.values())[:-1])
+
+
+def test_the_machine_says_where_tf32_is_allowed_on_a_gpu(monkeypatch):
+    import common
+
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    assert common.machine()["tf32"] == {"matrix products": False, "convolutions": True}
+    found = {**common.machine(), "device": "A GPU"}
+    monkeypatch.setattr(common, "machine", lambda: found)
+    assert "A GPU (TF32: matrix products off, convolutions on);" in common.machine_line()
 
 
 def test_a_constant_difference_has_no_width():

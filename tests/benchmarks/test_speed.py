@@ -46,6 +46,24 @@ def test_memory_is_ours_over_each_peer():
     assert lines[4].endswith("| not measured | – | out of memory |")
 
 
+def test_memory_stands_beside_its_aim_on_a_gpu(monkeypatch):
+    import parts
+    from speed_memory import report
+
+    base = {"kind": "encoder", "name": "sam_vit_b", "size": 1024, "batch": 8, "precision": "bfloat16", "note": ""}
+    rows = [
+        {**base, "implementation": name, "bytes": size * 2**20}
+        for name, size in (("segment_anything", 400), ("transformers, SDPA", 400), ("hspsam", 100))
+    ]
+    single = [{**row, "batch": 1} for row in rows]
+    monkeypatch.setattr(parts, "device", lambda: torch.device("cuda", 0))
+    lines = report(rows + single, _settings()).splitlines()[2:]
+    assert "| 0.25 (≤ 0.25: reached) |" in lines[0]
+    assert sum("≤" in line for line in lines if line.startswith("|")) == 1
+    rows[0] |= {"bytes": None, "note": "out of memory"}
+    assert "| not measured | – (≤ 0.25: not measured) | out of memory |" in report(rows, _settings())
+
+
 def test_the_overhead_compares_within_rounds():
     from speed_network import overhead_ratio, overhead_report
     from timing import Timing
@@ -74,7 +92,25 @@ def test_latency_shows_percentiles_and_the_cold_start_its_aim():
     text = latency_report(rows, _settings())
     assert "| warm, one pass, float32 | 1.00 | 51.0 | 100 | 101 | 101 | – |" in text
     assert "| cold start | 10000 | 11000 | – | 13000 | 3 | ≤ 12 s: reached |" in text
-    assert latency_report([], _settings()).startswith("not measured")
+
+
+def test_warm_rows_compiled_on_a_cpu_are_no_graphs_and_one_that_fails_costs_no_other(monkeypatch):
+    import speed_network
+    from timing import Timing
+
+    def interleave(runs, *_, failures, **__):
+        failures["one pass, float32, compiled"] = "failed: RuntimeError"
+        return {name: Timing((1.0,)) for name in runs if name not in failures}
+
+    monkeypatch.setattr(speed_network, "shipped", lambda _: "model.pt")
+    monkeypatch.setattr(speed_network, "load_network", lambda *_: (None, 64, 2))
+    for name in ("mirror_inferer", "to_mask"):
+        monkeypatch.setattr(speed_network, name, lambda *_: None)
+    monkeypatch.setattr(torch, "compile", lambda network, **_: network)
+    monkeypatch.setattr(speed_network, "interleave", interleave)
+    rows = {row["what"]: row["timing"] is not None for row in speed_network.warm(_settings(compile=True))}
+    one, four = "warm, one pass, float32", "warm, four mirror images, float32"
+    assert rows == {one: True, four: True, f"{one}, compiled": False}
 
 
 def test_every_trainee_learns_what_it_says(monkeypatch):
@@ -113,6 +149,22 @@ def test_training_rows_stand_beside_lora_and_the_cache_beside_its_aim():
     assert "not measured" not in text
 
 
+def test_a_trainee_that_fails_costs_no_other(monkeypatch):
+    import speed_training
+
+    def broken(image):
+        raise ValueError("not built")
+
+    trained = {name: speed_training.TRAINED[name] for name in (speed_training.LORA, "MONAI UNet")}
+    monkeypatch.setattr(speed_training, "TRAINED", {"broken": broken, **trained})
+    settings = _settings(train_size=32, train_batch=1, least=1, most=1)
+    rows = speed_training.measure("float32", settings)
+    assert [row["timing"] is None for row in rows] == [True, False, False]
+    text = speed_training.report(rows, settings)
+    assert "| broken | float32 | not measured |" in text
+    assert "broken, float32: failed: ValueError (not built)." in text
+
+
 def test_the_guard_counts_pixels_and_dice():
     from speed_guard import Change, change, report
 
@@ -133,7 +185,6 @@ def test_the_guard_counts_pixels_and_dice():
     assert "| 2 | 0.0750 % | 0.100 % | ≤ 0.1: reached | -0.00080 | 0.0016 | ≤ 0.001: reached | 0.500 |" in lines[2]
     assert lines[3].count("missed") == 2
     assert lines[4].endswith("| failed: RuntimeError |")
-    assert report([], _settings()).startswith("not measured")
 
 
 def _results(tmp_path, *sections):
@@ -169,7 +220,46 @@ def test_a_part_is_published_when_it_is_done_and_a_failed_case_costs_no_other(tm
     empty = Part("two", lambda _: [Case("d", 1.0, fails)], report)
     assert speed.run([("two", empty)], _settings(), args, {"two": False})
     assert "rows [2]" in file.read_text()  # what stood there stays
+    nothing = Part("two", lambda _: [], report)  # no data, no model: no failure, but no section either
+    assert not speed.run([("two", nothing)], _settings(), args, {"two": False})
+    for figure in ({"timing": None}, {"bytes": None}, {"changes": []}):
+        refused = Part("two", lambda _, row=figure: [Case("e", 1.0, lambda: [{**row, "note": "refused"}])], report)
+        assert speed.run([("two", refused)], _settings(), args, {"two": False})
+    assert "rows [2]" in file.read_text()
     capsys.readouterr()
+
+
+def test_a_part_that_cannot_be_planned_or_reported_costs_no_other(tmp_path, capsys):
+    import speed
+    from parts import Case, Part
+
+    file = _results(tmp_path, "one", "two", "three")
+    case = [Case("a", 1.0, lambda: [{"value": 1}])]
+    parts = [
+        ("one", Part("one", lambda _: 1 / 0, lambda *_: "")),
+        ("two", Part("two", lambda _: case, lambda *_: 1 / 0)),
+        ("three", Part("three", lambda _: case, lambda *_: "measured")),
+    ]
+    args = speed.argument_parser("speed", "x", data_required=False).parse_args(["--results", str(file)])
+    assert speed.run(parts, _settings(), args, dict.fromkeys(("one", "two", "three"), False))
+    assert file.read_text().count("not measured") == 2 and "three -->\nmeasured" in file.read_text()
+
+    args.results = _results(tmp_path, "one")
+    with pytest.raises(ConfigError, match="section: three"):  # before anything is measured
+        speed.run([("three", Part("three", lambda _: 1 / 0, None))], _settings(), args, {"three": False})
+    args.results = tmp_path / "none.md"
+    with pytest.raises(ConfigError, match="no such file"):
+        speed.run([("three", Part("three", lambda _: 1 / 0, None))], _settings(), args, {"three": False})
+    capsys.readouterr()
+
+
+def test_what_is_named_and_absent_is_refused(tmp_path, monkeypatch):
+    import speed
+
+    monkeypatch.setattr(speed, "run", None)
+    for option in ("--data", "--model", "--network"):
+        with pytest.raises(ConfigError, match=f"{option} .*nowhere.*no such"):
+            speed.main([option, str(tmp_path / "nowhere")])
 
 
 def test_settings_follow_the_device_and_a_part_of_the_sizes_is_not_published(monkeypatch):
@@ -193,14 +283,57 @@ def test_settings_follow_the_device_and_a_part_of_the_sizes_is_not_published(mon
     settings, partial_of = parsed("--sizes", "256", "--guard-images", "3", "--parts", "encoder", "latency", "guard")
     assert settings.sizes == (256,)
     assert partial_of == {"encoder": True, "latency": False, "guard": True}
+    every = ("encoder", "memory", "overhead", "latency", "training", "guard")
+    narrowed = {
+        ("--compile", "no"): {"encoder", "latency", "guard"},
+        ("--model", str(RESULTS)): {"overhead", "latency", "guard"},
+        ("--network", str(RESULTS)): {"overhead", "latency", "guard"},
+        ("--split", "train"): {"guard"},
+    }
+    for words, expected in narrowed.items():
+        assert parsed(*words)[1] == {name: name in expected for name in every}, words
     settings, partial_of = parsed("--quick")
     assert settings.sizes == (64,) and all(partial_of.values())
     monkeypatch.setattr(speed, "device", lambda: torch.device("cuda", 0))
     settings, _ = parsed()
     assert settings.batches == (1, 4, 8, 32) and settings.compile
+    assert settings.compile_batches == (1, 8, 32)
     text = RESULTS.read_text()
     for part in speed.PARTS.values():
         assert text.count(f"<!-- section: {part.section} -->") == 1
+
+
+def test_float32_is_not_tf32_here_and_in_fresh_processes(monkeypatch):
+    import fresh
+    import speed
+
+    flags = (torch.backends.cudnn, torch.backends.cuda.matmul)
+    before = [flag.allow_tf32 for flag in flags]
+    seen = []
+
+    def see(*_, **__):
+        seen.append([flag.allow_tf32 for flag in flags])
+        raise RuntimeError("seen")
+
+    monkeypatch.setattr(speed, "run", see)
+    monkeypatch.setattr(fresh, "_encoder", see)
+    monkeypatch.setattr("monai.bundle.ConfigParser.read_config", see)
+    monkeypatch.setattr("hspsam_monai.cli.prepare", lambda: None)  # it changes this process for good
+    starts = [
+        lambda: speed.main(["--parts", "training"]),
+        lambda: fresh.memory("encoder", "mobile_sam", 64, 1, "float32"),
+        lambda: fresh.cold("model.pt", []),
+    ]
+    try:
+        for start in starts:
+            for flag in flags:
+                flag.allow_tf32 = True
+            with pytest.raises(RuntimeError, match="seen"):
+                start()
+    finally:
+        for flag, value in zip(flags, before, strict=True):
+            flag.allow_tf32 = value
+    assert seen == [[False, False]] * 3
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hspsam_monai.encoders import sam_vit
 from hspsam_monai.encoders.sam_vit import Variant
+from hspsam_monai.errors import ConfigError
 
 CPU = torch.device("cpu")
 
@@ -96,6 +97,70 @@ def test_the_ratio_stands_beside_its_aim_and_compiled_rows_apart():
     eager, compiled = ratios(rows)
     assert eager[4:9] == ["eager", "b", "1.60 ×", "1.60 ×", "≥ 1.4: reached"]
     assert compiled[4:9] == ["compiled", "a, compiled", "1.20 ×", "1.20 ×", "≥ 1.4: missed"]
+
+
+def test_aims_of_a_gpu_are_those_of_their_batch():
+    from speed_encoder import ratios
+    from timing import Timing
+
+    def lines(size, batch):
+        base = {"device": "cuda", "encoder": "sam_vit_b", "precision": "bfloat16", "size": size, "batch": batch}
+        rows = [
+            {**base, "implementation": name, "compiled": False, "note": "", "timing": Timing((1.0,)), "share": 0.45}
+            for name in ("segment_anything", "hspsam")
+        ]
+        return ratios(rows)[0][8:]
+
+    assert lines(512, 8) == ["≥ 1.3: missed", "0.45"]
+    assert lines(512, 1) == ["–", "0.45"]
+    assert lines(1024, 8) == ["–", "0.45 (≥ 0.5: missed)"]
+    assert lines(1024, 32) == ["–", "0.45"]
+
+
+def test_a_peer_that_cannot_be_built_costs_its_row_and_the_published_one_its_case(small, monkeypatch):
+    import peers
+    import speed_encoder
+
+    def broken(_):
+        raise TypeError("another version")
+
+    def missing():
+        raise ModuleNotFoundError("", name=peers.FAST)
+
+    encoder = peers.random_encoder(small, 64)
+    monkeypatch.setattr(peers, "_transformers", broken)
+    contenders, absent = peers.build(encoder, CPU)
+    assert [contender.name for contender in contenders] == ["segment_anything", peers.OURS]
+    assert absent == {"transformers, SDPA": "failed: TypeError (another version)"}
+    assert peers.reference(contenders, absent).name == "segment_anything"
+
+    monkeypatch.setattr(peers, "peer_builders", lambda *_: dict.fromkeys(("segment_anything", peers.FAST), missing))
+    contenders, absent = peers.build(encoder, CPU)
+    source = "github.com/pytorch-labs/segment-anything-fast"
+    assert absent[peers.FAST] == f"segment_anything_fast is not installed (it is at {source})"
+    assert peers.packages(torch.device("cuda")) == ["transformers"]
+    monkeypatch.setattr(speed_encoder, "models", lambda *_: (encoder, contenders, absent))
+    with pytest.raises(ConfigError, match="no published output to compare with: segment_anything_fast is not"):
+        speed_encoder.measure(small, 64, 1, _settings())
+
+
+def test_what_a_peer_writes_stays_out_of_the_working_directory(tmp_path, monkeypatch):
+    from pathlib import Path
+
+    from peers import Contender
+
+    monkeypatch.chdir(tmp_path)
+    found = []
+
+    def tunes(x):
+        found.append(Path("flash_4_configs.p").is_file())
+        Path("flash_4_configs.p").touch()
+        return x
+
+    fast = Contender("segment_anything_fast", tunes, cast=True, writes=True)
+    for _ in range(2):
+        fast.encode(torch.ones(1), "bfloat16")
+    assert found == [False, True] and not list(tmp_path.iterdir()) and Path.cwd() == tmp_path
 
 
 def test_counted_work_is_that_of_the_published_encoders(small):

@@ -42,6 +42,26 @@ def test_the_budget_decides_the_rounds_within_their_limits(monkeypatch):
         timing.interleave({}, CPU, 1.0, least=4, most=3)
 
 
+def test_a_contender_that_raises_costs_no_other():
+    from timing import interleave
+
+    calls = []
+
+    def fails():
+        if calls.count("A") == 2:
+            raise ValueError("no more")
+
+    runs = {"A": partial(calls.append, "A"), "bad": fails, "B": partial(calls.append, "B")}
+    failures = {}
+    times = interleave(runs, CPU, 0.0, least=3, most=3, warm=1, failures=failures)
+    assert {name: len(timing.seconds) for name, timing in times.items()} == {"A": 3, "B": 3}
+    assert failures == {"bad": "failed: ValueError (no more)"}
+    with pytest.raises(ValueError, match="no more"):
+        calls.clear()
+        interleave(runs, CPU, 0.0, least=3, most=3)
+    assert interleave({"bad": partial(int, "x")}, CPU, 0.0, failures=failures) == {} and "bad" in failures
+
+
 def test_the_ratio_is_that_of_the_fastest_peer():
     from timing import Timing, race
 
@@ -49,7 +69,7 @@ def test_the_ratio_is_that_of_the_fastest_peer():
     found = race(Timing((4.0, 3.0, 8.0)), peers)
     assert found.peer == "fast"
     assert found.by_median == pytest.approx(6 / 4)
-    assert found.by_minimum == pytest.approx(5 / 3)
+    assert found.by_minimum == pytest.approx(1 / 3)  # of any peer: the slow one had the shortest round
     assert race(None, peers) is None
     assert race(Timing((1.0,)), {}) is None
 
