@@ -123,14 +123,22 @@ def _start() -> str:
 
 
 def _pictures(output: Path, unseen: Path, split: str) -> Path:
-    """A folder of the unseen images alone."""
+    """A folder of the unseen images alone, side by side: a union's ``source/case`` becomes ``source__case``."""
     from hspsam_monai.data import find_cases
+    from hspsam_monai.data.layouts import stem_of
 
     if split == "all":
         return unseen / "images"
     folder = output / "images"
+    folder.mkdir(parents=True, exist_ok=True)
+    taken: set[str] = set()
     for case in find_cases(unseen, split):
-        target = folder / f"{case['case']}{Path(case['image']).suffix}"
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(case["image"], target)
+        image = Path(case["image"])
+        name = plain = case["case"].replace("/", "__")
+        number = 1
+        while name.casefold() in taken:  # a__b/c beside a/b__c, or names that some file systems take as one
+            number += 1
+            name = f"{plain}_{number}"
+        taken.add(name.casefold())
+        shutil.copy(image, folder / (name + image.name[len(stem_of(image)) :]))
     return folder

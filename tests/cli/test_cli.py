@@ -15,9 +15,10 @@ from typer.testing import CliRunner
 
 from hspsam_monai.cli.app import app
 from hspsam_monai.cli.console import explain
+from hspsam_monai.cli.demo import _pictures
 from hspsam_monai.cli.models import find_model, read_overlay
 from hspsam_monai.cli.options import check_overrides, overlay_names, parse_overrides
-from hspsam_monai.data import write_phantoms
+from hspsam_monai.data import find_cases, write_phantoms
 from hspsam_monai.errors import ConfigError, DataError, WeightsError
 
 TINY = ["image_size=64", "batch_size=4", "epochs=1", "warmup=1"]
@@ -488,3 +489,18 @@ class TestDemo:
         (tmp_path / "data").mkdir()
         assert "no earlier demo" in hspsam("demo", "--output", tmp_path, code=1).stderr
         assert (tmp_path / "data").is_dir()
+
+    def test_unseen_images_of_a_union_lie_side_by_side(self, tmp_path: Path):
+        data = tmp_path / "data"
+        splits = {"a": {"train": ["seen"], "val": ["b__x", "x"]}, "a__b": {"train": [], "val": ["x"]}}
+        for source, split in splits.items():
+            for value, name in enumerate(split["train"] + split["val"]):
+                for part, suffix in (("images", ".jpg"), ("masks", ".png")):
+                    (data / source / part).mkdir(parents=True, exist_ok=True)
+                    picture = Image.fromarray(np.full((40, 40), value + len(source), np.uint8))
+                    picture.save(data / source / part / (name + suffix))
+            (data / source / "splits.json").write_text(json.dumps(split))
+        found = find_cases(_pictures(tmp_path / "demo", data, "val"), labels=False)
+        assert [case["case"] for case in found] == ["a__b__x", "a__b__x_2", "a__x"]
+        known = {Path(case["image"]).read_bytes() for case in find_cases(data, "val")}
+        assert {Path(case["image"]).read_bytes() for case in found} == known and len(known) == 3
