@@ -164,6 +164,13 @@ def test_summary_numbers(tmp_path):
     assert again == summary
 
 
+def test_every_class_has_its_own_mean():
+    rows = [row("a", (0.2, 0.9), (3, 4)), row("b", (0.6, 0.5), (3, 4))]
+    found = summarise(rows, class_names=["liver", "spleen"])["per_class"]
+    assert found["liver"] == pytest.approx({"dice": 0.4, "iou": 0.2})
+    assert found["spleen"] == pytest.approx({"dice": 0.7, "iou": 0.35})
+
+
 def test_bootstrap_is_seeded_and_covers():
     random = np.random.default_rng(0)
     rows = [row(str(i), v) for i, v in enumerate(random.uniform(0.6, 1.0, 80))]

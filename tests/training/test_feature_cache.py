@@ -177,6 +177,14 @@ def test_whatever_changes_the_features_changes_the_files(network, cases, tmp_pat
     assert len(changed) == 2 and not changed & base
 
 
+@pytest.mark.parametrize("package", ["hspsam_monai", "monai", "torch"])
+def test_another_version_of_what_computes_them_has_files_of_its_own(network, cases, tmp_path, monkeypatch, package):
+    (before,) = features(cases[:1], tmp_path, 1).paths(network)
+    monkeypatch.setattr(f"{package}.__version__", "0.0.0")
+    (after,) = features(cases[:1], tmp_path, 1).paths(network)
+    assert not set(before) & set(after)
+
+
 def test_more_views_keep_the_first_ones(network, cases, tmp_path):
     two, three = (features(cases, tmp_path, views).paths(network) for views in (2, 3))
     assert three[:2] == two and len({p for paths in three for p in paths}) == 9

@@ -1,8 +1,10 @@
 """Camera augmentation: seeded, in range, each effect its own, labels where the image is."""
 
+import numpy as np
 import pytest
 import torch
 from monai.data import MetaTensor
+from PIL import Image
 
 from hspsam_monai.data import phantom
 from hspsam_monai.transforms import FitToNetworkd, RandCamera, RandCamerad, RandEmptyCropd, fit_image
@@ -190,6 +192,15 @@ def test_fit_image_resizes_and_leaves_what_fits():
     assert fit_image(image, 64).shape == (2, 3, 64, 64)
     square = torch.rand(1, 3, 64, 64)
     assert fit_image(square, 64) is square
+
+
+@pytest.mark.parametrize(("size", "target"), [((96, 150), 32), ((50, 80), 64), ((20, 25), 32)])
+def test_fit_image_equals_pillows_bilinear_resize(size, target):
+    """Pillow weighs all pixels under a shrunken one, too; without that, thin structures vanish between samples."""
+    image = torch.rand(*size, generator=torch.Generator().manual_seed(0))
+    expected = Image.fromarray(image.numpy()).resize((target, target), Image.Resampling.BILINEAR)
+    found = fit_image(image[None, None], target)[0, 0].numpy()
+    np.testing.assert_allclose(found, np.asarray(expected), rtol=0, atol=1e-4)
 
 
 def test_fit_to_network_keeps_classes_and_meets_the_inferer(frame):
