@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
+from hspsam_monai.cli import workflows
 from hspsam_monai.cli.app import app
 from hspsam_monai.cli.console import explain
 from hspsam_monai.cli.demo import _pictures
@@ -20,6 +21,7 @@ from hspsam_monai.cli.models import find_model, read_overlay
 from hspsam_monai.cli.options import check_overrides, overlay_names, parse_overrides
 from hspsam_monai.data import find_cases, write_phantoms
 from hspsam_monai.errors import ConfigError, DataError, WeightsError
+from hspsam_monai.scores import score_masks
 
 TINY = ["image_size=64", "batch_size=4", "epochs=1", "warmup=1"]
 
@@ -45,18 +47,40 @@ def run(phantoms: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture
+def handed(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
+    """What the commands hand to MONAI's workflow, which is not run but leaves a model and a summary."""
+    runs = []
+
+    def note(files: list[Path], kind: str, values: dict) -> None:
+        runs.append({"files": files, "kind": kind, **values})
+        folder = Path(values["output_dir"])
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "model.pt").touch()
+        one = {"mean": 1.0, "ci95": [1.0, 1.0]}
+        (folder / "summary.json").write_text(json.dumps({"n": 1, "dice": one, "iou": one}))
+
+    monkeypatch.setattr(workflows, "run_workflow", note)
+    return runs
+
+
 class TestFace:
-    def test_help_is_quick_and_light(self):
-        begin = os.times()
+    def test_help_imports_nothing_heavy(self):
         code = (
             "import sys; from typer.testing import CliRunner; from hspsam_monai.cli.app import app\n"
             "assert CliRunner().invoke(app, ['--help']).exit_code == 0\n"
-            "heavy = {'torch', 'monai', 'numpy'} & set(sys.modules)\n"
+            "heavy = {'torch', 'monai', 'numpy', 'PIL', 'scipy'} & set(sys.modules)\n"
             "sys.exit(f'imported {heavy}' if heavy else 0)"
         )
         subprocess.run([sys.executable, "-c", code], check=True)
-        end = os.times()
-        assert end.children_user + end.children_system - begin.children_user - begin.children_system < 1
+
+    @pytest.mark.parametrize("own", [None, "ACTIVE"])
+    def test_waiting_threads_sleep_unless_the_user_says_otherwise(self, own: str | None):
+        code = "import os; from hspsam_monai.cli import prepare; prepare(); print(os.environ['OMP_WAIT_POLICY'])"
+        environment = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"}
+        environment |= {"OMP_WAIT_POLICY": own} if own else {}
+        done = subprocess.run([sys.executable, "-c", code], check=True, env=environment, capture_output=True, text=True)
+        assert done.stdout.strip() == (own or "PASSIVE")
 
     @pytest.mark.skipif(
         sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "gnu_get_libc_version"), reason="for glibc"
@@ -235,6 +259,15 @@ class TestCheck:
         result = hspsam("train", "--data", data, "--output", tmp_path / "run", "--pretrained", "none", code=1)
         assert "missing_mask" in result.stderr and not (tmp_path / "run").exists()
 
+    def test_a_training_goes_on_regardless_only_if_told_to(self, tmp_path: Path, handed: list[dict]):
+        data = write_phantoms(tmp_path / "data", 4, size=(64, 64))
+        (data / "masks" / "phantom_0001.png").unlink()
+        words = ["train", "--data", data, "--output", tmp_path / "run", "--pretrained", "none"]
+        hspsam(*words, code=1)
+        assert not handed
+        hspsam(*words, "--no-check")
+        assert [run["dataset_dir"] for run in handed] == [str(data)]
+
 
 class TestTrain:
     def test_writes_model_and_record(self, run: Path):
@@ -322,6 +355,18 @@ class TestUse:
         assert again["n"] == 3
         assert again["dice"]["mean"] == pytest.approx(summary["dice"]["mean"], abs=1e-6)
 
+    def test_a_split_is_handed_on(self, phantoms: Path, run: Path, tmp_path: Path, handed: list[dict]):
+        for words, split in (([], "val"), (["--split", "train"], "train"), (["--split", "fold 2"], "fold 2")):
+            hspsam("evaluate", "--data", phantoms, "--model", run, "--output", tmp_path / "eval", *words)
+            assert handed[-1]["val_split"] == split and handed[-1]["kind"] == "evaluate"
+
+    def test_flips_are_as_configured_unless_asked_for(
+        self, phantoms: Path, run: Path, tmp_path: Path, handed: list[dict]
+    ):
+        for words, flips in (([], None), (["--flips"], True), (["--no-flips"], False)):
+            hspsam("segment", phantoms / "images", tmp_path / "masks", "--model", run, *words)
+            assert handed[-1].get("flips") is flips and handed[-1]["kind"] == "infer"
+
     def test_log_files_end_with_their_run(self, phantoms: Path, run: Path, tmp_path: Path):
         first, second = tmp_path / "first", tmp_path / "second"
         hspsam("segment", phantoms / "images" / "phantom_0000.jpg", first, "--model", run)
@@ -361,6 +406,7 @@ class TestUse:
         (tmp_path / "images" / first.name).write_bytes(first.read_bytes())
         words = ["segment", tmp_path / "images", tmp_path / "masks", "--model", run, "--no-flips"]
         hspsam(*words)
+        assert json.loads((tmp_path / "masks" / "config.json").read_text())["flips"] is False
         (tmp_path / "images" / first.name).write_bytes(b"")
         mask = tmp_path / "masks" / f"{first.stem}.png"
         assert f"({mask} is an earlier run's.)" in hspsam(*words, code=1).stderr
@@ -439,6 +485,23 @@ class TestScore:
         (folders[0] / "c.png").unlink()
         assert "no prediction" in hspsam("score", *folders, code=1).stderr
         assert "0.8333" in hspsam("score", *folders, "--partial").stdout
+
+    def test_classes_and_tolerance(self, tmp_path: Path):
+        masks = np.random.default_rng(0).integers(0, 3, (2, 24, 24)).repeat(6, axis=1).repeat(6, axis=2)
+        for name, mask in zip(("pred.png", "true.png"), masks.astype(np.uint8), strict=True):
+            Image.fromarray(mask).save(tmp_path / name)
+        words = ["score", tmp_path / "pred.png", tmp_path / "true.png", "--surface", "--json", tmp_path / "s.json"]
+        assert "raise the number of classes" in hspsam(*words, code=1).stderr
+        found = []
+        for tolerance in (1.0, 4.0):
+            hspsam(*words, "--classes", 3, "--tolerance", tolerance)
+            summary = json.loads((tmp_path / "s.json").read_text())
+            expected = score_masks(*masks, 3, surface=True, tolerance=tolerance)
+            for metric in ("dice", "nsd"):
+                means = [values[metric] for values in summary["per_class"].values()]
+                assert means == pytest.approx(expected[metric]) and len(means) == 2
+            found.append(summary["nsd"]["mean"])
+        assert found[0] < found[1]
 
 
 class TestHelpers:
