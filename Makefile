@@ -14,9 +14,11 @@ help:  ## list the targets
 
 setup: $(STAMP)  ## make .venv and install the project with pinned versions
 
-$(STAMP): pyproject.toml constraints.txt
+$(BIN)/uv:
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+
+$(STAMP): pyproject.toml constraints.txt | $(BIN)/uv
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[dev]'
 	touch $(STAMP)
 
@@ -38,8 +40,8 @@ lint: $(STAMP)  ## lint and formatting
 bench: $(STAMP)  ## benchmarks; results into benchmarks/RESULTS.md
 	$(BIN)/python benchmarks/run.py
 
-constraints:  ## pin what the project resolves to; keeps the pins that stand (delete a line to renew it)
-	uv pip compile pyproject.toml --extra dev --extra dicom --extra export --universal \
+constraints: | $(BIN)/uv  ## pin what the project resolves to; keeps the pins that stand (delete a line to renew it)
+	$(BIN)/uv pip compile pyproject.toml --extra dev --extra dicom --extra export --universal \
 		--python-version 3.11 --no-emit-index-url --no-emit-find-links --no-annotate \
 		--custom-compile-command "make constraints" --output-file constraints.txt
 

@@ -1,7 +1,12 @@
-"""A wheel carries the whole bundle, and what it is told to carry can be carried."""
+"""A wheel carries the whole bundle, and what it is told to carry can be carried; make needs nothing but Python."""
 
+import os
+import shutil
+import subprocess
 import tomllib
 from pathlib import Path, PurePosixPath
+
+import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -23,3 +28,19 @@ def test_a_wheel_takes_every_file_of_the_bundle_to_its_place():
     assert set(taken) == wanted
     for path, place in taken.items():
         assert place == "share/hspsam_monai" / PurePosixPath(path.relative_to(ROOT).as_posix())
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make")
+@pytest.mark.parametrize("target", ["setup", "constraints"])
+def test_make_installs_the_tools_it_calls(target, tmp_path):
+    """Without a .venv, everything but the system's own is called from the one that is made first."""
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    # What a `make test` around this one has set is not for the inner one.
+    environment = {k: v for k, v in os.environ.items() if k not in {"MAKEFLAGS", "MFLAGS", "MAKELEVEL", "PYTHON"}}
+    done = subprocess.run(
+        ["make", "-n", target], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+    )
+    commands = [line.split()[0] for line in done.stdout.replace("\\\n", " ").splitlines()]
+    assert commands[:2] == ["python3", ".venv/bin/python"] and ".venv/bin/uv" in commands[2:]
+    assert set(commands) <= {"python3", "touch", ".venv/bin/python", ".venv/bin/uv"}
