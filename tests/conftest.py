@@ -4,12 +4,15 @@ import os
 from pathlib import Path
 
 import pytest
+
+# Waiting threads sleep instead of spinning, so a busy machine does not stall the suite; read as torch is loaded.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import torch
 
 REPO = Path(__file__).resolve().parents[1]
 
-# Two threads on two cores; waiting threads sleep instead of spinning, so a busy machine does not stall the suite.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Two threads on two cores.
 torch.set_num_threads(min(2, os.cpu_count() or 1))
 
 
@@ -23,7 +26,7 @@ def repo() -> Path:
 def shared() -> Path:
     """Development data and weights beside the repository; skips where they are absent."""
     path = Path(os.environ.get("HSPSAM_SHARED", REPO.parent / "shared"))
-    if not path.is_dir():
+    if not (path / "weights" / "mobile_sam.pt").is_file():  # a folder of this name may be anything
         pytest.skip("development data and weights are not at hand")
     return path
 
