@@ -29,7 +29,9 @@ Pairs = Annotated[
     list[str] | None,
     typer.Argument(metavar="KEY=VALUE", help="Entries of the configuration, such as epochs=20.", show_default=False),
 ]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:N or mps; else the best there is.")]
+Device = Annotated[
+    str | None, typer.Option(help="cpu, cuda, cuda:N or mps; else the first GPU if there is one, else the CPU.")
+]
 
 
 def _version(wanted: bool) -> None:
