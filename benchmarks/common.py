@@ -372,7 +372,9 @@ def fingerprint(parts: Iterable[Path | str]) -> str:
 def data_digest(cases: Iterable[Mapping[str, Any]]) -> str:
     """Fingerprint of the names, images and labels of cases, whatever their order."""
     ordered = sorted(cases, key=lambda case: case["case"])
-    return fingerprint(part for case in ordered for part in (case["case"], Path(case["image"]), Path(case["label"])))
+    labels = [case["label"] if isinstance(case["label"], list) else [case["label"]] for case in ordered]
+    parts = zip(ordered, labels, strict=True)
+    return fingerprint(part for case, own in parts for part in (case["case"], *map(Path, [case["image"], *own])))
 
 
 def mean_over_seeds(runs: Sequence[Mapping[str, float]]) -> np.ndarray:

@@ -13,6 +13,10 @@ class DataError(HspsamError, ValueError):
     """A file or a data set is not what the task needs (missing, unreadable, wrong size or values)."""
 
 
+class TooFewCasesError(DataError):
+    """A data set or a split has fewer cases than are asked for."""
+
+
 class WeightsError(HspsamError, ValueError):
     """Pretrained weights or a checkpoint cannot be found, verified or matched to the network."""
 

@@ -173,7 +173,7 @@ def segment(
         ),
     ] = None,
     flips: Annotated[
-        bool | None, typer.Option(help="Average four mirror images (on unless turned off): better, five times slower.")
+        bool | None, typer.Option(help="Average four mirror images (on unless turned off): better, four times slower.")
     ] = None,
     device: Device = None,
 ) -> None:

@@ -69,7 +69,7 @@ def train(
     elif data is None:
         raise ConfigError("No data set is given. Name it with --data.")
     config = _merged(files)
-    if "validate::sampler" in config and "RANK" not in os.environ:
+    if "sampler" in config["validate"] and "RANK" not in os.environ:
         raise ConfigError(
             f"The run in {output} was trained by several processes; go on as it was started: torchrun "
             "--nproc_per_node=N -m monai.bundle run … --resume True."
@@ -124,22 +124,46 @@ def evaluate(
 
 
 def _warn_of_trained(folder: Path, data: str, split: str) -> None:
-    """Say how many of the cases a model was trained on, by the record beside it; a drawn split moves as a set grows."""
+    """Say how many of the cases a model was trained on, by the record beside it; a drawn split moves as a set grows.
+
+    By name, and by bytes as long as the run's own data is still there: other sets number their images from 1, too.
+    """
     from hspsam_monai.data import find_cases
+    from hspsam_monai.data.cases import content_hash
     from hspsam_monai.data.layouts import SPLITS_FILE, some
 
     record = folder / SPLITS_FILE
     if not record.is_file():
         return
-    cases = find_cases(data, split)
+    try:
+        cases = find_cases(data, split)
+    except DataError:
+        return  # the evaluation says it
     trained = set(json.loads(record.read_text(encoding="utf-8")).get("train", ()))
-    known = [case["case"] for case in cases if case["case"] in trained]
+    images = _images_of_run(folder)
+
+    def same(case: Mapping[str, Any]) -> bool:
+        own = images.get(case["case"])
+        return own is None or own == Path(case["image"]) or content_hash(own) == content_hash(Path(case["image"]))
+
+    known = [case["case"] for case in cases if case["case"] in trained and same(case)]
     if known:
         logger.warning(
-            "%d of the %d cases of split %s have names that this model was trained on (%s). If it is the same data, "
-            "their scores are too good: give the data set the %s of the run.",
-            len(known), len(cases), split, some(known), record,
+            "%d of the %d cases of split %s are among those this model was trained on, by %s (%s). Their scores are "
+            "too good: give the data set the %s of the run.",
+            len(known), len(cases), split, "name and content" if images else "name", some(known), record,
         )  # fmt: skip
+
+
+def _images_of_run(folder: Path) -> dict[str, Path]:
+    """Case -> image of the data a run was trained on; nothing where that is gone."""
+    from hspsam_monai.data import find_cases
+
+    try:
+        data = json.loads((folder / CONFIG).read_text(encoding="utf-8"))["dataset_dir"]
+        return {case["case"]: Path(case["image"]) for case in find_cases(data, "all", labels=False)}
+    except (OSError, KeyError, DataError):
+        return {}
 
 
 def segment(

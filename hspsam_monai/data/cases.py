@@ -28,7 +28,7 @@ from hspsam_monai.data.layouts import (
     stem_of,
     sub_sets,
 )
-from hspsam_monai.errors import ConfigError, DataError
+from hspsam_monai.errors import ConfigError, DataError, TooFewCasesError
 
 logger = logging.getLogger(__name__)
 
@@ -150,7 +150,7 @@ def _union_cases(folders: list[Folder], split: str, labels: bool, draw: tuple[fl
         # A small folder may have nothing on one side: the union's counts.
         some_side = [folder for folder in folders if folder not in drawn or folder.splits[split]]
         if not some_side:
-            raise DataError(
+            raise TooFewCasesError(
                 f"{folders[0].root.parent}: found too few different images to draw a split {split!r}; expected at "
                 "least two. Add cases or use split 'all'."
             )
@@ -270,7 +270,7 @@ def _choose(
         train, val = draw_split({name: images[name] for name in names}, *draw)
         chosen = train if split == "train" else val
         if not chosen:
-            raise DataError(
+            raise TooFewCasesError(
                 f"{root}: found {len(names)} cases, too few different ones to draw a split {split!r}; "
                 "expected at least two. Add cases or use split 'all'."
             )

@@ -18,6 +18,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from hspsam_monai.errors import DataError
 
 _ORIENTATION = 274  # tag number shared by EXIF and TIFF
+_PHOTOMETRIC = 262  # its tag for what a number means
 _PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 _TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _PNG_GREY, _PNG_GREY_ALPHA, _PNG_RGB, _PNG_RGBA = 0, 4, 2, 6
@@ -237,7 +238,7 @@ def _decode_tiff(path: Path, indices: bool) -> Picture:
         planes = series.axes in {"CYX", "SYX"} and series.shape[0] in {1, 3, 4} and len(tiff.series) == 1
         if count > 1 and not planes:
             raise _several_pages(path, count)
-        if indices and int(page.photometric) == 0:
+        if indices and _PHOTOMETRIC in page.tags and int(page.photometric) == 0:  # tifffile says 0 without the tag
             raise FileFault(
                 path,
                 "unknown_label",

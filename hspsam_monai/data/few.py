@@ -11,7 +11,7 @@ import numpy as np
 
 from hspsam_monai.data.cases import content_hash, find_cases, has_splits
 from hspsam_monai.data.images import read_mask
-from hspsam_monai.errors import ConfigError, DataError
+from hspsam_monai.errors import ConfigError, TooFewCasesError
 
 logger = logging.getLogger(__name__)
 
@@ -31,10 +31,14 @@ def few_cases(root: str | Path, split: str, count: int, seed: int = 0, num_class
     """
     try:
         return draw_cases(find_cases(root, split), count, seed, num_classes)
-    except DataError:
+    except TooFewCasesError:
         if split != "train" or has_splits(root):
             raise
-    logger.info("%s gives no splits, and a drawn one has too few cases: the %d are drawn from all.", root, count)
+    logger.warning(
+        "%s gives no splits, and the drawn training split has too few cases: the %d are drawn from all, those that "
+        "would be validated on among them.",
+        root, count,
+    )  # fmt: skip
     return draw_cases(find_cases(root, "all"), count, seed, num_classes)
 
 
@@ -69,18 +73,19 @@ def draw_cases(
     def shown(index: int) -> set[int]:
         content = content_hash(Path(cases[index]["image"]))
         found = set() if content in seen else set(np.unique(read_mask(cases[index]["label"], num_classes)).tolist())
-        seen.add(content)
+        if found - {0}:  # a copy without its object may not hide one that shows it
+            seen.add(content)
         return found
 
     order = np.random.default_rng(seed).permutation(len(cases)).tolist()
     chosen, missing = showing_all(order, shown, count, num_classes)
     if len(chosen) < count:
-        raise DataError(
+        raise TooFewCasesError(
             f"Found {len(chosen)} different cases with an object among {len(cases)}; expected {count} (train_cases). "
             "Ask for fewer, or add cases."
         )
     if missing:
-        raise DataError(
+        raise TooFewCasesError(
             f"The {count} cases drawn from {len(cases)} show no class {min(missing)}; expected every class in at least "
             "one (train_cases). Ask for more, or add cases that show it."
         )

@@ -280,7 +280,7 @@ class KeyReport:
 
     Attributes:
         loaded: keys whose values are now in the module.
-        missing: keys of the module that the file does not have; they keep their values.
+        missing: keys of the module that the file does not have; they keep their values; updates of LoRA become zero.
         unexpected: keys of the file that the module does not have.
         resized: keys resampled to the module's input size, with their shape in the file and in the module.
         ignored: keys of the file that belong to other parts (prompt encoder, mask decoder).

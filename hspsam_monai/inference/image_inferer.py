@@ -105,6 +105,7 @@ class ImageInferer(Inferer):
             image = inputs.as_tensor() if isinstance(inputs, MetaTensor) else inputs
             size = tuple(image.shape[-2:])
         marks = kwargs.get("prompts")
+        marks = None if marks is None or marks.shape() is None else marks
         if marks is not None and self.flips and not getattr(network, "training", False):
             raise ConfigError("A person's marks have no mirror images; set flips to false.")
         if marks is not None and self.image_size is not None and not isinstance(image, Encoded):

@@ -237,7 +237,7 @@ class ProxyPrompt(nn.Module):
         least = 2 * (self.num_classes - 1)  # of each object one, and as many of the background
         if max_cells is not None and max_cells < least:
             raise ConfigError(f"max_cells is {max_cells}; expected {least} or more, or None for all.")
-        supports = self._check_supports(images, masks)
+        supports = self.check_supports(images, masks)
         parts = [self._read(image[None, None], mask[None, None]) for image, mask in supports]
         keys, values = (torch.cat([getattr(part, name)[0] for part in parts]) for name in Context._fields)
         cells = len(keys) // len(supports)
@@ -405,10 +405,14 @@ class ProxyPrompt(nn.Module):
             for t in self._printed()
         )
 
-    def _check_supports(
+    def check_supports(
         self, images: Tensor | Sequence[Tensor], masks: Tensor | Sequence[Tensor]
     ) -> list[tuple[Tensor, Tensor]]:
-        """Pairs (3, H, W), (H, W) on the network's device; every fault is named with its support's number."""
+        """Look through supports as :meth:`set_context` does, which lists what it raises.
+
+        Returns:
+            Pairs (3, H, W), (H, W) on the network's device; every fault is named with its support's number.
+        """
         if not len(images) or len(images) != len(masks):
             raise ConfigError(f"{len(images)} support images and {len(masks)} masks given; expected K >= 1 of each.")
         weight = self.csm.patch.weight

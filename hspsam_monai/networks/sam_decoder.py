@@ -67,9 +67,12 @@ class Prompts(NamedTuple):
 
     def scaled(self, x: float, y: float) -> Prompts:
         """The same on an image that is ``x`` times as wide and ``y`` times as high; masks are resized anyway."""
-        points = None if self.points is None else (self.points + 0.5) * self.points.new_tensor([x, y]) - 0.5
-        boxes = None if self.boxes is None else (self.boxes + 0.5) * self.boxes.new_tensor([x, y, x, y]) - 0.5
-        return self._replace(points=points, boxes=boxes)
+
+        def scale(part: Tensor | None, factors: list[float]) -> Tensor | None:
+            # Whole numbers, too, come to lie between pixels.
+            return None if part is None else (part + 0.5) * torch.tensor(factors, device=part.device) - 0.5
+
+        return self._replace(points=scale(self.points, [x, y]), boxes=scale(self.boxes, [x, y, x, y]))
 
     def present(self) -> Tensor:
         """(B, N) bool: which objects have any prompt at all; some part must be given."""

@@ -101,9 +101,15 @@ class Checkpointer:
                 f"{path} is of a run with {steps} iterations an epoch, and this one has {now}: go on with the same "
                 "batch_size, training cases and number of processes, or start a new run with pretrained=model.pt."
             )
+        try:
+            self.optimizer.load_state_dict(state["optimizer"])
+        except ValueError as error:  # other groups: of another version, or another adapt
+            raise TrainingError(
+                f"{path} is of an optimiser over other parameters ({error}); go on with the configuration and version "
+                "it was started with, or start a new run with pretrained=model.pt."
+            ) from None
         self.network.load_state_dict(state["network"])
         self.best_network.load_state_dict(state["best_network"])
-        self.optimizer.load_state_dict(state["optimizer"])
         # LambdaLR insists on a key for its functions, which files do not hold: they come from the configuration.
         self.scheduler.load_state_dict({**self.scheduler.state_dict(), **state["scheduler"]})
         for name in ("best", "best_epoch", "waited", "curve"):

@@ -13,6 +13,7 @@ from ignite.engine import Engine, Events
 from monai.data import Dataset
 from monai.transforms import apply_transform
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from hspsam_monai.data import SeededDataset
 from hspsam_monai.data.cases import content_hash
@@ -21,6 +22,7 @@ from hspsam_monai.data.few import showing_all
 from hspsam_monai.errors import ConfigError, DataError
 from hspsam_monai.networks.stored import encoded_of
 from hspsam_monai.training.feature_cache import FeatureDataset, stored_batch
+from hspsam_monai.transforms import fit_image
 
 #: Draws of one support before a mask without object is taken as it is: augmentation may crop an object away.
 _TRIES = 4
@@ -254,13 +256,13 @@ class SetContext:
     Args:
         network: the network that is validated, with ``set_context`` and ``num_classes``.
         data: cases to draw the supports from; never the validation cases.
-        transform: loads one and brings it to tensors ``image`` (3, H, W) and ``label`` (1, H, W), without randomness.
-            At the size it is stored in: the network brings supports to its own, and small objects survive that better.
+        transform: loads one and brings it to tensors ``image`` (3, H, W) and ``label`` (1, H, W), without randomness,
+            at the size it is stored in. Kept are at most twice the network's ``image_size`` a side; no object is lost.
         supports: how many are drawn, so that every class is shown; all where there are fewer.
         seed: of the draw.
 
     Raises:
-        DataError: a class that no support shows (on attaching).
+        DataError: a class that no support shows, and what the network refuses of supports (on attaching).
     """
 
     def __init__(
@@ -274,17 +276,23 @@ class SetContext:
         """Attach to the evaluator and read the supports."""
         if self._loaded is None:
             self._loaded = self._load()
+            getattr(self._network, "check_supports", lambda *_: None)(*self._loaded)
         engine.add_event_handler(Events.STARTED, self)
 
     def __call__(self, engine: Engine) -> None:
         """Set the context; the supports are read once."""
         if self._loaded is None:
             self._loaded = self._load()
-        getattr(self.network, "module", self.network).set_context(*self._loaded)
+        self._network.set_context(*self._loaded)
+
+    @property
+    def _network(self) -> nn.Module:
+        return getattr(self.network, "module", self.network)
 
     def _load(self) -> tuple[list[Tensor], list[Tensor]]:
         read: dict[int, tuple[Tensor, Tensor]] = {}
         met: set[int] = {0}
+        most = 2 * self._network.image_size if hasattr(self._network, "image_size") else None
 
         def shown(index: int) -> set[int]:
             with one_thread():
@@ -292,13 +300,12 @@ class SetContext:
             label = _plain(item["label"])[0]
             found = {int(value) for value in label.unique()}
             if found != {0} and (len(read) < self.supports or found - met):  # no other can be chosen
-                read[index] = _plain(item["image"]), label
+                read[index] = _at_most(_plain(item["image"]), label, most)
             met.update(found)
             return found
 
         order = np.random.default_rng(self.seed).permutation(len(self.data)).tolist()
-        classes = getattr(self.network, "module", self.network).num_classes
-        chosen, missing = showing_all(order, shown, self.supports, classes)
+        chosen, missing = showing_all(order, shown, self.supports, self._network.num_classes)
         if missing:
             raise DataError(
                 f"Of {len(self.data)} training cases, none of the {len(chosen)} taken as supports shows class "
@@ -306,6 +313,21 @@ class SetContext:
                 "show it, or leave the class out of the labels."
             )
         return [read[index][0] for index in chosen], [read[index][1] for index in chosen]
+
+
+def _at_most(image: Tensor, label: Tensor, side: int | None) -> tuple[Tensor, Tensor]:
+    """A support, image (3, H, W) and label (H, W), within ``side`` pixels; a class that would go keeps what it touches.
+
+    Sixteen photographs of twelve megapixels would hold two gigabytes for as long as the training goes on.
+    """
+    if side is None or max(label.shape) <= side:
+        return image, label
+    size, given = (side, side), label[None, None].float()
+    small = F.interpolate(given, size, mode="nearest-exact")[0, 0]
+    for value in given.unique().tolist():
+        if value and not (small == value).any():
+            small[F.adaptive_max_pool2d((given == value).float(), size)[0, 0] > 0] = value
+    return fit_image(image[None], side)[0], small.to(label.dtype)
 
 
 def _task(case: dict[str, Any]) -> str:

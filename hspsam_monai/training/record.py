@@ -69,6 +69,8 @@ def write_record(
         files[OVERLAY] = {key: config[key] for key in NETWORK_KEYS if key in config}
     if cases is not None:
         files[SPLITS_FILE] = {name: [case["case"] for case in items] for name, items in cases.items()}
+        # A run of an earlier version carries its own call, without `resume`.
+        resume = resume or (workflow is not None and workflow.parser.config.get("resume") is True)
         if resume and (folder / SPLITS_FILE).is_file():
             _check_splits(folder / SPLITS_FILE, files[SPLITS_FILE])
     for name, content in files.items():

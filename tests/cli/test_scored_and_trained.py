@@ -4,10 +4,11 @@ import json
 import logging
 
 import pytest
+from monai.bundle import ConfigParser
 
 from hspsam_monai.cli import scoring, workflows
 from hspsam_monai.data import write_phantoms
-from hspsam_monai.errors import DataError
+from hspsam_monai.errors import ConfigError, DataError
 from hspsam_monai.scores import CaseScore, summarise
 from hspsam_monai.training import write_record
 
@@ -26,7 +27,17 @@ def test_scores_of_trained_cases_are_doubted(tmp_path, caplog):
         assert not caplog.text  # no record beside the model
         (tmp_path / "splits.json").write_text(json.dumps({"train": [*names[:3], "other"], "val": names[3:]}))
         workflows._warn_of_trained(tmp_path, str(data), "all")
-    assert f"3 of the 4 cases of split all have names that this model was trained on ({names[0]}, " in caplog.text
+    assert (
+        f"3 of the 4 cases of split all are among those this model was trained on, by name ({names[0]}," in caplog.text
+    )
+    caplog.clear()
+    other = write_phantoms(tmp_path / "other", 4, seed=9, size=(32, 32))
+    (tmp_path / "config.json").write_text(json.dumps({"dataset_dir": str(data)}))
+    workflows._warn_of_trained(tmp_path, str(other), "all")
+    assert not caplog.text  # other pictures of the same names
+    workflows._warn_of_trained(tmp_path, str(data), "no such split")  # left to the evaluation
+    workflows._warn_of_trained(tmp_path, str(data), "all")
+    assert "3 of the 4 cases of split all are among those this model was trained on, by name and content" in caplog.text
 
 
 def test_a_run_goes_on_with_its_own_cases_only(tmp_path):
@@ -38,6 +49,17 @@ def test_a_run_goes_on_with_its_own_cases_only(tmp_path):
     assert (tmp_path / "splits.json").read_text() == before
     write_record(tmp_path, {"train": cases("x"), "val": cases("y")})
     assert json.loads((tmp_path / "splits.json").read_text())["train"] == ["x"]
+
+
+def test_a_run_of_several_processes_goes_on_as_it_began(bundle, tmp_path, monkeypatch):
+    config = ConfigParser.load_config_files(
+        [str(bundle / "configs" / f"{n}.json") for n in ("train", "multi_gpu_train")]
+    )
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "last.pt").write_bytes(b"")
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(ConfigError, match=r"was trained by several processes.*torchrun"):
+        workflows.train(tmp_path, tmp_path, resume=True)
 
 
 def test_names_of_cases_are_no_markup(monkeypatch):

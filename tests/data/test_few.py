@@ -53,11 +53,21 @@ def test_every_class_is_drawn(tmp_path):
         draw_cases(without, 5, 0, num_classes=3)
 
 
+def test_an_empty_copy_hides_no_object(cases, tmp_path):
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "masks" / "1.png")
+    for seed in range(6):
+        assert "0" in names(draw_cases(cases, 5, seed))
+
+
 def test_a_set_without_splits_gives_all_it_has(cases, tmp_path, caplog):
     """Five different cases with an object: a drawn training split holds fewer."""
-    with caplog.at_level("INFO"):
-        assert len(few_cases(tmp_path, "train", 5)) == 5
-    assert "drawn from all" in caplog.text
+    assert len(few_cases(tmp_path, "train", 5)) == 5 and "drawn from all" in caplog.text
+    broken = tmp_path / "masks" / "5.png"
+    content = broken.read_bytes()
+    broken.write_bytes(content[:30])  # another fault is no reason to draw elsewhere
+    with pytest.raises(DataError, match=r"5\.png"):
+        few_cases(tmp_path, "train", 4, seed=1)
+    broken.write_bytes(content)
     (tmp_path / "splits.json").write_text('{"train": ["0", "4", "5"], "val": ["6"]}')
     assert names(few_cases(tmp_path, "train", 3)) == ["0", "4", "5"]
     with pytest.raises(DataError, match="Found 3 different cases"):

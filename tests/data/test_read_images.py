@@ -279,6 +279,14 @@ class TestReadMask:
         with pytest.raises(DataError, match="white is zero"):
             read_mask(tmp_path / "a.tif")
 
+    def test_a_tiff_mask_that_does_not_say_what_white_is(self, tmp_path):
+        tifffile.imwrite(tmp_path / "a.tif", BLOB.astype(np.uint16), photometric="minisblack")
+        raw = bytearray((tmp_path / "a.tif").read_bytes())
+        entry = raw.index(struct.pack("<HH", 262, 3))
+        raw[entry : entry + 2] = struct.pack("<H", 65000)  # a private tag in its place
+        (tmp_path / "b.tif").write_bytes(raw)
+        assert np.array_equal(read_mask(tmp_path / "b.tif"), BLOB)
+
     def test_classes_in_8_and_16_bit(self, tmp_path):
         classes = RNG.integers(0, 9, (20, 30), dtype=np.uint8)
         for name, array in [("a.png", classes), ("b.png", classes.astype(np.uint16))]:

@@ -118,6 +118,9 @@ def test_marks_are_scaled_with_the_image_and_not_mirrored():
     found = ImageInferer(64, "float32")(large, network, prompts=marks)
     expected = network(fit_image(large, 64), small)
     assert torch.allclose(found, torch.nn.functional.interpolate(expected, (96, 192), mode="bilinear"), atol=1e-5)
+    whole = Prompts(points=torch.tensor([[[[150, 30]]]]), labels=torch.ones(1, 1, 1)).scaled(1 / 3, 2 / 3)
+    assert torch.allclose(whole.points, torch.tensor([[[[150.5 / 3 - 0.5, 30.5 / 1.5 - 0.5]]]]))
+    assert ImageInferer(64, "float32", flips=True)(large, network, prompts=user_prompts(1)).shape == (1, 2, 96, 192)
     with pytest.raises(ConfigError, match="no mirror images"):
         ImageInferer(64, "float32", flips=True)(large, network, prompts=marks)
 

@@ -70,6 +70,16 @@ def test_a_run_goes_on_with_its_own_number_of_steps(train):
     assert len(train(epochs=2, batch_size=1, resume=True).start().losses) == steps
 
 
+def test_a_run_of_other_parameter_groups_does_not_go_on(train):
+    first = train(epochs=1).start()
+    last = torch.load(first.folder / "last.pt", weights_only=True)
+    last["optimizer"]["param_groups"][0]["params"].pop()
+    torch.save(last, first.folder / "last.pt")
+    with pytest.raises(RuntimeError) as caught:
+        train(epochs=2, resume=True).start()
+    assert isinstance(root(caught.value), TrainingError) and "over other parameters" in str(root(caught.value))
+
+
 def test_curves_are_opened_by_those_who_write_them(tmp_path):
     """A file for a process that writes nothing would hide the curves, as TensorBoard shows the newest."""
     handlers = [TensorBoard(log_dir=str(tmp_path / "tb"), output_transform=lambda x: x) for _ in range(2)]

@@ -161,6 +161,14 @@ def test_validation_sets_the_context_of_what_is_validated():
     engine = Engine(lambda *_: None)
     with pytest.raises(DataError, match="Of 1 training cases, none of the 0 taken as supports shows class 1"):
         SetContext(network, data[1:2], lambda case: case).attach(engine)  # before anything is trained
+    network.image_size, large = 8, cases(3)
+    for case in large:
+        case["image"], case["label"] = torch.rand(3, 90, 70), torch.zeros(1, 90, 70)
+        case["label"][0, 41, 33] = 1  # a pixel that sampling would step over
+    SetContext(network, large, lambda case: case)(None)
+    images, masks = network.context
+    assert {image.shape for image in images} == {(3, 16, 16)} and all(mask.sum() in (1, 2, 4) for mask in masks)
+    del network.image_size
     network.num_classes, rare = 3, cases(30)
     rare[11]["label"][0, :2] = 2
     for seed in range(5):
