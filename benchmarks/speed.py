@@ -118,7 +118,7 @@ def _narrowed(name: str, args: argparse.Namespace, settings: Settings) -> bool:
     """Whether a part covers less than its table promises, or another model, so that it must not replace the whole."""
     narrowed = {
         ("encoder", "memory", "overhead"): args.sizes or args.batches,
-        ("encoder", "latency", "guard"): args.compile == "no" and settings.device.type == "cuda",
+        ("encoder", "latency", "guard"): args.compile == "no" and device().type == "cuda",
         ("overhead", "latency", "guard"): args.model is not None or args.network or shipped(settings) is None,
         ("guard",): args.guard_images is not None or args.split != "val",
     }
