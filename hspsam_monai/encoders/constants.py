@@ -109,7 +109,12 @@ def _tracing() -> bool:
 def _may_keep(sources: Sequence[Tensor]) -> bool:
     if any(source.is_cuda for source in sources) and torch.cuda.is_current_stream_capturing():
         return False
-    return not any(source.is_inference() or type(source).__name__ == "FakeTensor" for source in sources)
+    return not any(source.is_inference() or is_fake(source) for source in sources)
+
+
+def is_fake(tensor: Tensor) -> bool:
+    """Whether a tensor has a shape and no numbers, as one who asks only for shapes makes them."""
+    return tensor.is_meta or "FakeTensor" in (type(tensor).__name__, type(tensor.data).__name__)
 
 
 def probe(source: Tensor) -> float:

@@ -22,6 +22,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from hspsam_monai.encoders.constants import is_fake
+
 #: Multiplications from which a product is worth the other library's call, or else numbers of its weight: with few rows,
 #: what counts is reading it.
 _LEAST, _LEAST_WEIGHT = 2**25, 2**19
@@ -47,7 +49,7 @@ def suits(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | Non
     # What is traced or compiled must hold operators that every runtime knows, for any size.
     if torch.compiler.is_compiling() or torch.compiler.is_exporting() or torch.jit.is_tracing():
         return False
-    if type(x).__name__ == "FakeTensor":  # whoever only asks for shapes cannot run it
+    if is_fake(x):  # whoever only asks for shapes cannot run it
         return False
     large = x.numel() * weight.shape[0] >= _LEAST or weight.numel() >= _LEAST_WEIGHT
     if not large or not x.numel() or not _preferred():

@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
 from hspsam_monai.encoders import Encoded, build_encoder
-from hspsam_monai.encoders.constants import probe
+from hspsam_monai.encoders.constants import is_fake, probe
 from hspsam_monai.encoders.weights import read_state, write_state
 from hspsam_monai.errors import ConfigError, DataError, WeightsError
 from hspsam_monai.networks.arguments import check_arguments
@@ -342,7 +342,7 @@ class ProxyPrompt(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ProxyPrompt:
         """Another number type rounds the weights, and the context stays theirs."""
         before = self.csm.patch.weight.dtype
-        fits = bool(len(self.context_keys)) and _is_real(self.csm.patch.weight) and self._fits()
+        fits = bool(len(self.context_keys)) and not is_fake(self.csm.patch.weight) and self._fits()
         super()._apply(fn, recurse)
         if fits and self.csm.patch.weight.dtype != before:
             self.context_print = self.fingerprint().to(self.context_print.device)
@@ -455,11 +455,6 @@ class ProxyPrompt(nn.Module):
         if parts:
             self.sam.load_state_dict(parts)
         return list(parts)
-
-
-def _is_real(tensor: Tensor) -> bool:
-    """Whether a tensor has numbers that can be read."""
-    return not tensor.is_meta and type(tensor).__name__ != "FakeTensor" and type(tensor.data).__name__ != "FakeTensor"
 
 
 def _distance(cells: Tensor, keys: Tensor) -> Tensor:

@@ -7,8 +7,8 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import ignite.distributed as idist
 import torch
-import torch.distributed as dist
 from ignite.engine import Engine, Events
 from ignite.handlers.state_param_scheduler import StateParamScheduler
 from torch import nn
@@ -69,7 +69,7 @@ class Checkpointer:
         self.best_network = self.network if best_network is None else getattr(best_network, "module", best_network)
         self.optimizer, self.scheduler, self.evaluator = optimizer, scheduler, evaluator
         self.resume, self.patience, self.half, self.keep = resume, patience, half, keep
-        self.rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+        self.rank = idist.get_rank()
         self.best, self.best_epoch, self.waited = float("-inf"), 0, 0
         self.curve: list[dict[str, float]] = []
         self._loss, self._count = 0.0, 0
@@ -132,7 +132,7 @@ class Checkpointer:
     def save(self, engine: Engine) -> None:
         """Write the epoch's checkpoints and learning curve; stop if patience is at its end."""
         epoch = engine.state.epoch
-        total, count = all_sum(self._loss, float(self._count))  # every process saw a part of the data
+        total, count = idist.all_reduce(self._loss), idist.all_reduce(float(self._count))  # each process saw a part
         row = {
             "epoch": epoch,
             "loss": total / max(1.0, count),
@@ -202,16 +202,6 @@ def _advance_counters(engine: Engine) -> None:
     for handler, *_ in engine._event_handlers[Events.ITERATION_COMPLETED]:
         if isinstance(handler, StateParamScheduler):
             handler.event_index = engine.state.iteration
-
-
-def all_sum(*values: float) -> list[float]:
-    """Sum numbers over the processes of a distributed run; themselves elsewhere."""
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return list(values)
-    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
-    sums = torch.tensor(values, dtype=torch.float64, device=device)
-    dist.all_reduce(sums)
-    return sums.tolist()
 
 
 def _is_number(value: Any) -> bool:

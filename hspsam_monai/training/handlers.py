@@ -8,8 +8,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import ignite.distributed as idist
 import torch
-import torch.distributed as dist
 from ignite.engine import Engine, Events
 from monai.engines.utils import IterationEvents
 from monai.handlers import TensorBoardHandler, TensorBoardStatsHandler, ValidationHandler
@@ -37,8 +37,7 @@ class EpochSeeds:
         """Seed the epoch that starts."""
         epoch = engine.state.epoch
         # Each process of a distributed run draws its own dropout.
-        rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-        torch.manual_seed(self.seed * 1_000_003 + epoch + 7919 * rank)
+        torch.manual_seed(self.seed * 1_000_003 + epoch + 7919 * idist.get_rank())
         loader = engine.state.dataloader
         for part in (getattr(loader, "dataset", None), getattr(loader, "sampler", None)):
             if hasattr(part, "set_epoch"):

@@ -9,72 +9,18 @@ import subprocess
 import sys
 from pathlib import Path
 
-import monai
 import numpy as np
 import pytest
 import torch
 from monai.bundle import ConfigParser, ConfigWorkflow, verify_metadata, verify_net_in_out
 from monai.transforms import SaveImaged
-from PIL import Image
 
-from hspsam_monai.data import find_cases, read_image, read_mask, write_phantoms
-from hspsam_monai.inference import ImageInferer
+from hspsam_monai.data import find_cases, read_mask, write_phantoms
+from tests.bundle.conftest import configs
 
 TASKS = ("polyp", "skin", "breast_ultrasound", "retinal_vessels")
 NETWORKS = ("hsp_sam", "hsp_sam_mobile", "hsp_sam_lora", "hsp_sam_frozen", "conv_pyramid", "sam_sp", "sam_decoder")
 SUPPORT = ("inference", "network/proxy_prompt", "support")
-
-
-def configs(bundle: Path, *names: str) -> list[str]:
-    return [str(bundle / "configs" / f"{name}.json") for name in names]
-
-
-@pytest.fixture(scope="module")
-def phantoms(tmp_path_factory):
-    return write_phantoms(tmp_path_factory.mktemp("bundle") / "phantoms", 6, seed=3, size=(80, 96), val_fraction=0.34)
-
-
-@pytest.fixture(scope="module")
-def trained(bundle, phantoms, tmp_path_factory):
-    """One epoch of the shipped network, small and from random weights, through the bundle's train.json."""
-    run = tmp_path_factory.mktemp("bundle") / "run"
-    workflow = ConfigWorkflow(
-        configs(bundle, "train", "task/polyp"), workflow_type="train", dataset_dir=str(phantoms), output_dir=str(run),
-        pretrained=None, image_size=64, batch_size=2, epochs=1, precision="float32",
-    )  # fmt: skip
-    workflow.initialize()
-    workflow.run()
-    workflow.finalize()
-    return run
-
-
-@pytest.fixture(scope="module")
-def three_classes(bundle, tmp_path_factory):
-    """A data set of background, polyps and dark tissue, and an epoch on it: the folders of both, and the workflow."""
-    root = tmp_path_factory.mktemp("classes")
-    data = write_phantoms(root / "data", 6, seed=4, size=(72, 88), val_fraction=0.5, empty_fraction=0.34)
-    for case in find_cases(data):
-        grey = read_image(case["image"]).mean(-1)
-        mask = np.where(read_mask(case["label"], 2) == 1, 1, 2 * (grey < np.percentile(grey, 75))).astype(np.uint8)
-        Image.fromarray(mask).save(case["label"])
-    workflow = ConfigWorkflow(
-        configs(bundle, "train"), workflow_type="train", dataset_dir=str(data), output_dir=str(root / "run"),
-        labels={"background": 0, "polyp": 1, "dark": 2}, pretrained=None, image_size=64, batch_size=3, epochs=1,
-        lr=2e-4, warmup=1, ema=0.5, precision="float32",
-    )  # fmt: skip
-    workflow.initialize()
-    workflow.run()
-    return data, root / "run", workflow
-
-
-def dice_of(network, case):
-    """Dice of each foreground class of one case, [0, 1], in numpy; 1 where prediction and truth are both empty."""
-    image = torch.from_numpy(read_image(case["image"])).permute(2, 0, 1)[None]
-    with torch.no_grad():
-        found = ImageInferer(64, "float32")(image, network.eval())[0].argmax(0).numpy()
-    truth = read_mask(case["label"], 3)
-    pairs = [(found == k, truth == k) for k in (1, 2)]
-    return [2 * (p & t).sum() / (p.sum() + t.sum()) if p.any() or t.any() else 1.0 for p, t in pairs]
 
 
 @pytest.mark.data
@@ -219,85 +165,6 @@ def test_large_encoders_are_trained_with_checkpointing(bundle, monkeypatch):
     assert network.encoder.variant == "l" and network.encoder.checkpointing
 
 
-def augmentation(bundle, device):
-    parser = ConfigParser()
-    parser.read_config(configs(bundle, "train"))
-    parser["image_size"] = 64
-    parser["device"] = f"$torch.device('{device}')"
-    parser.parse()
-    return monai.transforms.Compose(parser.get_parsed_content("train::augmentation_transforms"))
-
-
-def augmented(transform, seed):
-    generator = torch.Generator().manual_seed(seed)
-    case = {"image": torch.rand(3, 64, 64, generator=generator), "label": torch.zeros(1, 64, 64)}
-    case["label"][:, 10:40, 20:50] = 1
-    return transform.set_random_state(seed=seed)(case)
-
-
-def test_augmented_labels_stay_classes(bundle):
-    """A label mixed of its neighbours is a fraction, which a loss would silently take for a lower class."""
-    transform = augmentation(bundle, "cpu")
-    label = torch.zeros(1, 64, 64)
-    label[:, 8:40, 12:50], label[:, 20:60, 30:64] = 1, 2
-    seen = set()
-    for seed in range(20):
-        found = transform.set_random_state(seed=seed)({"image": label.repeat(3, 1, 1) / 2, "label": label.clone()})
-        seen |= set(found["label"].unique().tolist())
-    assert seen == {0, 1, 2}
-
-
-def test_moving_to_the_device_changes_nothing_on_a_cpu(bundle):
-    first = augmentation(bundle, "cpu")
-    without = monai.transforms.Compose(first.transforms[1:])
-    assert isinstance(first.transforms[0], monai.transforms.ToDeviced)
-    for seed in range(6):
-        a, b = augmented(first, seed), augmented(without, seed)
-        assert torch.equal(a["image"], b["image"]) and torch.equal(a["label"], b["label"])
-
-
-def test_augmentation_moves_image_and_label_alike(bundle):
-    """Interpolating a label at pixel corners and its image at centres would set them half a pixel apart."""
-    full = augmentation(bundle, "cpu")
-    # Without what hides, crops or recolours on purpose.
-    named = ("RandEmptyCropd", "RandCamerad")
-    transform = monai.transforms.Compose([one for one in full.transforms if type(one).__name__ not in named])
-    assert len(transform.transforms) == len(full.transforms) - 2
-    ys, xs = torch.meshgrid(torch.arange(64.0), torch.arange(64.0), indexing="ij")
-    disc = ((ys - 31.5) ** 2 + (xs - 31.5) ** 2 < 12**2).float()[None]
-    apart = []
-    for seed in range(60):
-        found = transform.set_random_state(seed=seed)({"image": disc.repeat(3, 1, 1), "label": disc})
-        centres = [
-            torch.stack([(mass * ys).sum(), (mass * xs).sum()]) / mass.sum()
-            for mass in (found["image"][0], found["label"][0])
-        ]
-        apart.append(centres[1] - centres[0])
-    apart = torch.stack(apart)
-    assert apart.mean(0).abs().max() < 0.05 and apart.norm(dim=1).mean() < 0.15
-
-
-@pytest.mark.gpu
-def test_augmentation_runs_on_the_gpu_with_the_same_draws(bundle):
-    """Interpolation rounds otherwise there: a few pixels at edges may differ, not the picture."""
-    there, here = augmentation(bundle, "cuda"), augmentation(bundle, "cpu")
-    for seed in range(12):
-        a, b = augmented(there, seed), augmented(here, seed)
-        assert a["image"].device.type == a["label"].device.type == "cuda"
-        assert (a["image"].cpu() - b["image"]).abs().mean() < 1e-3
-        assert (a["label"].cpu() != b["label"]).float().mean() < 0.01
-
-
-def test_loader_workers_augment_on_the_cpu(bundle):
-    parser = ConfigParser()
-    parser.read_config(configs(bundle, "train"))
-    parser["device"] = "$torch.device('cuda')"
-    for workers, device in ((0, "cuda"), (2, "cpu")):
-        parser["num_workers"] = workers
-        parser.parse()
-        assert parser.get_parsed_content("augmentation_device").type == device
-
-
 def test_training_leaves_everything_needed_to_repeat_it(trained):
     for name in ("model.pt", "last.pt", "learning_curve.csv", "config.json", "network.json", "environment.json"):
         assert (trained / name).is_file(), name
@@ -343,39 +210,6 @@ def test_evaluate_and_inference_agree_and_survive_a_bad_file(bundle, phantoms, t
     for case, count in pixels.items():
         mask = read_mask(tmp_path / "masks" / f"{case}.png", 2)
         assert int((mask == 1).sum()) == count  # both faces, the same mask
-
-
-def test_the_key_metric_is_the_mean_dice_of_the_foreground_classes(three_classes):
-    """Of the averaged network, at the images' own size; a class that is neither there nor found counts as found."""
-    data, run, workflow = three_classes
-    network = workflow.parser.get_parsed_content("ema_handler").ema_model
-    dice = np.array([dice_of(network, case) for case in find_cases(data, "val")])
-    with (run / "learning_curve.csv").open() as file:
-        *_, last = csv.DictReader(file)
-    assert dice.shape == (3, 2) and 0 < dice.mean() < 1, (
-        "the network of this test must find something, and not all of it"
-    )
-    assert float(last["val_mean_dice"]) == pytest.approx(dice.mean(), abs=1e-5)
-
-
-def test_three_classes_are_evaluated(bundle, three_classes, tmp_path):
-    from hspsam_monai.networks import load_checkpoint
-
-    data, run, _ = three_classes
-    files = [*configs(bundle, "train"), str(run / "network.json"), *configs(bundle, "evaluate")]
-    workflow = ConfigWorkflow(
-        files, workflow_type="train", dataset_dir=str(data), model=str(run / "model.pt"), output_dir=str(tmp_path),
-        flips=False,
-    )  # fmt: skip
-    workflow.initialize()
-    workflow.run()
-    network = workflow.parser.get_parsed_content("network_def")
-    load_checkpoint(network, run / "model.pt")
-    dice = np.array([dice_of(network, case) for case in find_cases(data, "val")])
-    summary = json.loads((tmp_path / "summary.json").read_text())
-    assert summary["dice"]["mean"] == pytest.approx(dice.mean(), abs=1e-6)
-    found = {name: values["dice"] for name, values in summary["per_class"].items()}
-    assert found == pytest.approx({"polyp": dice[:, 0].mean(), "dark": dice[:, 1].mean()}, abs=1e-6)
 
 
 @pytest.mark.parametrize("overlays", [("network/hsp_sam_frozen",), ("network/sam_decoder", "task/few_shot")])
