@@ -12,12 +12,13 @@ import gc
 import json
 import logging
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from common import fingerprint, known_dice, load_run, read_dice, score_cases, weights_file
+from ignite.engine import Engine
 from monai.bundle import ConfigParser, ConfigWorkflow
 from torch import nn
 
@@ -210,18 +211,21 @@ class Study:
             score_cases(network, image_size, num_classes, cases, self._table(run, test))
 
 
-def train(files: Sequence[str], overrides: Mapping[str, Any]) -> None:
+def train(files: Sequence[str], overrides: Mapping[str, Any], watch: Callable[[Engine], None] | None = None) -> None:
     """Run one training of the bundle in this process, as ``python -m monai.bundle run`` would.
 
     Args:
         files: configurations, merged in order.
         overrides: what differs, ``output_dir`` among it.
+        watch: is handed the trainer before it runs.
     """
     root = logging.getLogger()
     handlers = list(root.handlers)
     try:
         workflow = ConfigWorkflow(config_file=list(files), workflow_type="train", logging_file=False, **overrides)
         workflow.initialize()
+        if watch is not None:
+            watch(workflow.parser.get_parsed_content("train::trainer"))
         workflow.run()
         workflow.finalize()
     finally:

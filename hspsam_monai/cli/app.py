@@ -108,7 +108,10 @@ def train(
     network: Annotated[str | None, typer.Option(help="Overlay in the bundle's configs/network.")] = None,
     task: Annotated[str | None, typer.Option(help="Overlay in configs/task; without, background/foreground.")] = None,
     pretrained: Annotated[
-        str | None, typer.Option(help="Weights to start from: name, file, `shipped` or `none` (random).")
+        list[str] | None,
+        typer.Option(
+            help="Weights to start from: name, file, `shipped` or `none` (random); given again: of that the encoder."
+        ),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --output.")] = False,
     no_check: Annotated[bool, typer.Option("--no-check", help="Do not look through the data set first.")] = False,
@@ -136,7 +139,7 @@ def evaluate(
     output: Annotated[Path, typer.Option(help="Folder of table, summary and galleries.")],
     pairs: Pairs = None,
     model: Annotated[
-        str | None, typer.Option(help="Folder of a run, or a model.pt; without, the shipped model.")
+        str | None, typer.Option(help="Folder of a run, a model.pt, or `sam_sp`; without, the shipped model.")
     ] = None,
     split: Annotated[str, typer.Option(help="train, val, all, or another key of the splits.")] = "val",
     device: Device = None,
@@ -163,7 +166,7 @@ def segment(
     output: Annotated[Path, typer.Argument(help="Folder of the masks: palette PNGs, value = class.")],
     pairs: Pairs = None,
     model: Annotated[
-        str | None, typer.Option(help="Folder of a run, or a model.pt; without, the shipped model.")
+        str | None, typer.Option(help="Folder of a run, a model.pt, or `sam_sp`; without, the shipped model.")
     ] = None,
     support: Annotated[
         Path | None,
@@ -215,7 +218,7 @@ def context(
 
 @app.command()
 def export(
-    model: Annotated[str, typer.Argument(help="Folder of a run, a model.pt, or `shipped`.")],
+    model: Annotated[str, typer.Argument(help="Folder of a run, a model.pt, `shipped` or `sam_sp`.")],
     output: Annotated[Path, typer.Argument(metavar="OUT.onnx", help="The file to write.")],
 ) -> None:
     """Write a model as ONNX: any batch, images of its own size; checked against PyTorch (needs the extra `export`)."""

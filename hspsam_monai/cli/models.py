@@ -15,6 +15,13 @@ from hspsam_monai.network_file import NETWORK_KEYS, OVERLAY
 
 #: What runs did before these entries existed: nothing was dropped, all mirror images had the network's size.
 _BEFORE = {"min_confidence": 0.0, "scales": [1]}
+#: Shipped models: name -> file in the bundle's models, and the overlay of inference.json that describes its network.
+#: MONAI Label takes every *.pt of the folder for a model of inference.json, so there may only be one.
+SHIPPED: dict[str, tuple[str, str | None]] = {
+    "hsp_sam": ("model.pt", None),
+    "sam_sp": ("sam_sp.safetensors", "sam_sp.json"),
+    "proxy_prompt": ("proxy_prompt.safetensors", "network/proxy_prompt.json"),
+}
 #: The one expression that an overlay of ours holds.
 _HARMLESS = {"$len(@labels)"}
 
@@ -32,10 +39,15 @@ class Model:
         return self.network["labels"]
 
 
-def shipped_model(supports: bool = False) -> Path:
-    """Where the bundle's own model is (or would be): the polyp model, or that for ``supports``."""
-    # MONAI Label takes every *.pt of the folder for a model of inference.json, so there may only be one.
-    return bundle_root() / "models" / ("proxy_prompt.safetensors" if supports else "model.pt")
+def shipped_model(name: str = "hsp_sam") -> Path:
+    """Where the bundle's own model of a name of :data:`SHIPPED` is (or would be)."""
+    return bundle_root() / "models" / SHIPPED[name][0]
+
+
+def shipped_name(config: Mapping[str, Any]) -> str:
+    """Which shipped model the network of a configuration, its ``network_def``, could start from."""
+    kind = str(config["network_def"]["_target_"]).rpartition(".")[2]
+    return {"ProxyPrompt": "proxy_prompt", "SAMSP": "sam_sp"}.get(kind, "hsp_sam")
 
 
 def find_model(source: str | Path | None, supports: bool = False) -> Model:
@@ -43,7 +55,7 @@ def find_model(source: str | Path | None, supports: bool = False) -> Model:
 
     Args:
         source: folder of a training run; a checkpoint, with the ``network.json`` beside it or else the shipped
-            network's configuration; ``None`` or ``shipped`` for the shipped model.
+            network's configuration; a name of :data:`SHIPPED`; ``None`` or ``shipped`` for the shipped model.
         supports: the model is to be prompted by supports: the shipped one is the Proxy Prompt.
 
     Raises:
@@ -51,9 +63,11 @@ def find_model(source: str | Path | None, supports: bool = False) -> Model:
         ConfigError: its ``network.json`` is not one a training writes, or its network takes no supports.
     """
     path = model_path(source, supports)
-    supports = supports or path.resolve() == shipped_model(supports=True)
+    name = next((name for name in SHIPPED if path.resolve() == shipped_model(name).resolve()), None)
+    supports = supports or name == "proxy_prompt"
     overlay = path.parent / OVERLAY
-    network = read_overlay(overlay) if overlay.is_file() else _shipped_network(supports)
+    default = "proxy_prompt" if supports else "hsp_sam"
+    network = read_overlay(overlay) if overlay.is_file() else _shipped_network(name or default)
     model = Model(path.resolve(), _BEFORE | network)
     if supports and not takes_supports(model.network):
         name = str(model.network["network_def"]["_target_"]).rpartition(".")[2]
@@ -75,16 +89,21 @@ def model_path(source: str | Path | None, supports: bool = False) -> Path:
     Raises:
         WeightsError: there is no such model.
     """
-    path = shipped_model(supports) if source is None or str(source) == "shipped" else Path(source).expanduser()
+    if source is None or str(source) == "shipped":
+        source = "proxy_prompt" if supports else "hsp_sam"
+    path = Path(source).expanduser()
+    # A run's folder of such a name is meant where there is one.
+    path = shipped_model(str(source)) if str(source) in SHIPPED and not path.exists() else path
     path = path / "model.pt" if path.is_dir() else path
-    if not path.is_file() and supports and path == shipped_model(supports):
+    if not path.is_file() and supports and path == shipped_model("proxy_prompt"):
         raise WeightsError(
             f"No model at {path}: this copy ships no trained Proxy Prompt, the model that supports prompt. Train one, "
             "`hspsam train --data DATA --network proxy_prompt --output RUN` (with a few masks: and --task few_shot), "
             "and name it with --model RUN."
         )
     if not path.is_file():
-        hint = "the shipped model is missing" if path == shipped_model() else "a run's folder or its model.pt"
+        missing = path in map(shipped_model, SHIPPED)
+        hint = "the shipped model is missing" if missing else f"a run's folder, its model.pt or {', '.join(SHIPPED)}"
         raise WeightsError(
             f"No model at {path}; expected {hint}. Name one with --model; `hspsam train` makes one, and a run writes "
             "model.pt after its first validation."
@@ -92,13 +111,12 @@ def model_path(source: str | Path | None, supports: bool = False) -> Path:
     return path
 
 
-def _shipped_network(supports: bool) -> dict[str, Any]:
-    """Entries of the bundle's configuration that describe the network of its own model."""
-    names = ["inference.json", *(["network/proxy_prompt.json"] if supports else [])]
+def _shipped_network(name: str) -> dict[str, Any]:
+    """Entries of the bundle's configuration that describe the network of one of its own models."""
     config: dict[str, Any] = {}
-    for name in names:
-        config |= json.loads(config_path(name).read_text(encoding="utf-8"))
-    if supports:
+    for file in filter(None, ("inference.json", SHIPPED[name][1])):
+        config |= json.loads(config_path(file).read_text(encoding="utf-8"))
+    if name == "proxy_prompt":
         config["labels"] = {"background": 0, "object": 1}  # whatever the supports show
     return {key: config[key] for key in NETWORK_KEYS}
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from hspsam_monai.cli.console import progress, tell
-from hspsam_monai.cli.models import Model, find_model, shipped_model, takes_supports
+from hspsam_monai.cli.models import SHIPPED, Model, find_model, shipped_model, shipped_name, takes_supports
 from hspsam_monai.cli.options import check_labels, check_overrides, config_path, device_setting, overlay_path
 from hspsam_monai.errors import ConfigError, DataError, TrainingError, WeightsError
 from hspsam_monai.files import atomic_write
@@ -30,7 +30,7 @@ def train(
     *,
     network: str | None = None,
     task: str | None = None,
-    pretrained: str | None = None,
+    pretrained: str | Sequence[str] | None = None,
     resume: bool = False,
     check: bool = True,
     overrides: Mapping[str, Any] | None = None,
@@ -42,8 +42,8 @@ def train(
         output: folder of the run.
         network: name of an overlay in ``configs/network``.
         task: name of an overlay in ``configs/task``.
-        pretrained: catalogue name, path, ``none`` (random) or ``shipped`` (for a Proxy Prompt, the shipped one);
-            ``None`` as configured.
+        pretrained: catalogue name, path, ``none`` (random), ``shipped`` (the shipped model of this kind of network) or
+            the name of a shipped model; several, of whose later ones only the encoder is taken; ``None`` as configured.
         resume: go on with the run in ``output``, with the configuration it was started with.
         check: look through the data set first; faults stop the training.
         overrides: configuration entries.
@@ -82,7 +82,9 @@ def train(
     values |= {"output_dir": str(output), "resume": resume}
     values |= {} if data is None else {"dataset_dir": str(_resolved(data))}
     source = config.get("pretrained") if pretrained is None else pretrained
-    values["pretrained"] = _pretrained(source, resume, takes_supports(config))
+    sources = [source] if source is None or isinstance(source, str) else source
+    starts = [_pretrained(one, resume, shipped_name(config)) for one in sources]
+    values["pretrained"] = starts[0] if len(starts) == 1 else starts
     if check:
         merged = {**config, **values}
         require_good_data(merged["dataset_dir"], merged["labels"], merged["num_classes"])
@@ -353,12 +355,13 @@ def _check_pair(config: Mapping[str, Any], network: str | None, task: str | None
         )
 
 
-def _pretrained(source: str | None, resume: bool, supports: bool) -> str:
-    """Path or name of weights that are there; empty for random ones. ``supports``: for a Proxy Prompt."""
+def _pretrained(source: str | None, resume: bool, kind: str) -> str:
+    """Path or name of weights that are there; empty for random ones. ``kind``: which shipped model is meant."""
     if not source or source.lower() == "none":
         return ""
-    if source == "shipped":
-        return str(find_model(None, supports).path)
+    source = kind if source == "shipped" else source
+    if source in SHIPPED and not Path(source).exists():
+        return str(find_model(source).path)
     from hspsam_monai.encoders.weights import CATALOGUE, locate
 
     try:
@@ -368,7 +371,7 @@ def _pretrained(source: str | None, resume: bool, supports: bool) -> str:
             return ""  # last.pt holds everything
         if source not in CATALOGUE:
             raise
-        there = shipped_model(supports).is_file()
+        there = shipped_model(kind).is_file()
         shipped = ", `--pretrained shipped` starts from the shipped model" if there else ""
         raise WeightsError(
             f"{error} Or: `--pretrained none` starts from random values{shipped}, `--pretrained PATH` from any file."

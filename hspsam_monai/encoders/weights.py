@@ -29,6 +29,8 @@ _CHUNK = 1 << 20
 _WRAPPERS = ("model", "state_dict", "network", "model_state_dict")  # where training scripts put the weights
 _PREFIXES = ("module.", "_orig_mod.")  # left by DistributedDataParallel and torch.compile
 _SHOWN = 8  # keys named in an error
+#: Under this name every network of ours keeps its encoder; SAM's files have "image_encoder." or nothing.
+OWN_PREFIX = "encoder."
 
 
 @dataclass(frozen=True)
@@ -336,6 +338,25 @@ def load_encoder(
         if key in state and state[key].shape != value.shape
     }
     return _load(encoder, adapted, path, strict, KeyReport(resized=resized, ignored=ignored))
+
+
+def load_encoder_of(encoder: Encoder, source: str | Path) -> KeyReport:
+    """Load the encoder of a checkpoint of any of our networks, or official weights, into an encoder.
+
+    Args:
+        encoder: of the kind and input size that the checkpoint's has.
+        source: as in :func:`load_encoder`.
+
+    Raises:
+        WeightsError: as in :func:`load_encoder`.
+    """
+    path = locate_verified(source)
+    state = read_state(path)
+    own = {key.removeprefix(OWN_PREFIX): value for key, value in state.items() if key.startswith(OWN_PREFIX)}
+    if not own:
+        return load_encoder(encoder, path, state=state)
+    ignored = tuple(key for key in state if not key.startswith(OWN_PREFIX))
+    return _load(encoder, own, path, True, KeyReport(ignored=ignored))
 
 
 def load_network(

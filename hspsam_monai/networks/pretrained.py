@@ -3,40 +3,58 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 from torch import Tensor, nn
 
-from hspsam_monai.encoders.weights import KeyReport, load_encoder, load_network, locate_verified, read_state
+from hspsam_monai.encoders.weights import (
+    OWN_PREFIX,
+    KeyReport,
+    load_encoder,
+    load_encoder_of,
+    load_network,
+    locate_verified,
+    read_state,
+)
 from hspsam_monai.errors import WeightsError
 
 logger = logging.getLogger(__name__)
 
 
-def load_pretrained(network: nn.Module, source: str | Path | None) -> KeyReport | None:
+def load_pretrained(network: nn.Module, source: str | Path | Sequence[str | Path] | None) -> KeyReport | None:
     """Load SAM's weights (a catalogue name or an official file) or a whole checkpoint of this network.
 
     Args:
         network: a network of :mod:`hspsam_monai.networks`.
         source: catalogue name such as ``mobile_sam``; path of an official SAM-style file, of whose parts the network
             takes what its paper keeps; path of a checkpoint of the same network; or ``None`` / empty for random
-            weights.
+            weights. Or several of these, loaded in order: the first must give all the network needs, of the others
+            only the encoder is taken, so they may be checkpoints of another network on the same encoder.
 
     Returns:
-        The key report, ``None`` if nothing was loaded.
+        The key report (of several sources the last), ``None`` if nothing was loaded.
 
     A context that a checkpoint of Proxy Prompt holds is left out: it belongs to that training's task and classes.
 
     Raises:
         WeightsError: the file is missing, altered or does not fit.
     """
+    first, *others = [source] if source is None or isinstance(source, str | Path) else source or [None]
+    report = _load_start(network, first)
+    for other in filter(None, others):
+        report = load_encoder_of(network.encoder, other)
+        logger.info("Loaded the encoder of %s: %s.", Path(other).name, report.summary())
+    return report
+
+
+def _load_start(network: nn.Module, source: str | Path | None) -> KeyReport | None:
     if not source:
-        logger.warning("No pretrained weights given: the encoder starts from random values.")
+        logger.warning("No pretrained weights given: the network starts from random values.")
         return None
     path = locate_verified(source)
     state = read_state(path)
-    # Every network keeps its encoder under this name; SAM's files keep theirs under "image_encoder." or at the top.
-    if any(key.startswith("encoder.") for key in state):
+    if any(key.startswith(OWN_PREFIX) for key in state):
         if hasattr(network, "no_context"):
             state |= network.no_context()
         report = _load_whole(network, path, state)

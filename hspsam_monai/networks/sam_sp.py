@@ -20,6 +20,7 @@ from hspsam_monai.encoders import Encoded, build_encoder
 from hspsam_monai.errors import ConfigError
 from hspsam_monai.networks.adaptation import set_adaptation
 from hspsam_monai.networks.arguments import check_arguments
+from hspsam_monai.networks.corrections import objects_of, one_more_mark
 from hspsam_monai.networks.layers import resize
 from hspsam_monai.networks.sam_decoder import WIDTH, Prompts, SAMDecoder
 from hspsam_monai.networks.self_prompts import KINDS, self_prompts
@@ -27,10 +28,17 @@ from hspsam_monai.networks.stored import level_names
 
 
 class SAMSPOutput(NamedTuple):
-    """What training sees: ``logits`` (B, K, H, W) of the last pass, and those of every pass, first to last."""
+    """What training sees, all of it logits (B, K, H, W).
+
+    Attributes:
+        logits: of the last automatic pass.
+        passes: of every automatic pass, first to last.
+        corrected: after each of a simulated person's corrections.
+    """
 
     logits: Tensor
     passes: list[Tensor]
+    corrected: tuple[Tensor, ...] = ()
 
 
 class SAMSP(nn.Module):
@@ -45,6 +53,9 @@ class SAMSP(nn.Module):
         prompt: what a prediction becomes: any of ``box`` (paper), ``mask``, ``points``.
         points: points an object for the prompt ``points``.
         box_jitter: in training, each side of a box moves by up to so many pixels of the input.
+        corrections: in training, how many marks a simulated person adds to the automatic mask, one after the other
+            (:mod:`~hspsam_monai.networks.corrections`); the loss learns from what each gives. 0 (paper) leaves a
+            network that hardly follows a person's marks. Needs the truth, see :meth:`forward`.
         adapt: what of the encoder is trained: ``lora`` (paper; SAM's own neck is trained with it, which is ours, since
             the decoder that reads it is trained too), ``full``, ``frozen`` (nothing, not even its neck). Prompt encoder
             and mask decoder are always trained.
@@ -65,6 +76,7 @@ class SAMSP(nn.Module):
         prompt: tuple[str, ...] | list[str] | str = ("box",),
         points: int = 1,
         box_jitter: float = 0.0,
+        corrections: int = 0,
         adapt: str = "lora",
         lora_rank: int = 4,
         dropout: float = 0.0,
@@ -77,6 +89,8 @@ class SAMSP(nn.Module):
             raise ConfigError(f"points is {points}; expected 1 or more.")
         if steps < 0:
             raise ConfigError(f"steps is {steps}; expected 0 or more.")
+        if corrections < 0:
+            raise ConfigError(f"corrections is {corrections}; expected 0 or more.")
         if steps and (not kinds or any(kind not in KINDS for kind in kinds)):
             raise ConfigError(f"prompt is {prompt!r}; expected some of {', '.join(KINDS)}.")
         self.encoder = build_encoder(
@@ -90,6 +104,7 @@ class SAMSP(nn.Module):
         self.classes = nn.Parameter(torch.randn(num_classes - 1, WIDTH)) if num_classes > 2 else None
         self.image_size, self.num_classes, self.steps = image_size, num_classes, steps
         self.prompt, self.points, self.box_jitter, self.dropout = kinds, points, box_jitter, dropout
+        self.corrections = corrections
         set_adaptation(self.encoder, adapt)
         if adapt == "frozen":
             self.encoder.requires_grad_(False)
@@ -106,7 +121,9 @@ class SAMSP(nn.Module):
         """The encoder's part of the forward pass, on (B, 3, H, W) in [0, 1]."""
         return Encoded(self.encoder(image), tuple(image.shape[-2:]))
 
-    def forward(self, image: Tensor | Encoded, prompts: Prompts | None = None) -> Tensor | SAMSPOutput:
+    def forward(
+        self, image: Tensor | Encoded, prompts: Prompts | None = None, truth: Tensor | None = None
+    ) -> Tensor | SAMSPOutput:
         """Segment a batch.
 
         Args:
@@ -114,16 +131,20 @@ class SAMSP(nn.Module):
             prompts: what a person adds afterwards, of B images with K - 1 objects, in pixels of ``image``
                 (:func:`~hspsam_monai.networks.user_prompts.user_prompts` makes them of clicks, boxes and scribbles).
                 One more pass then refines the automatic masks of the objects that have some.
+            truth: class indices (B, 1, H, W) that training with ``corrections`` takes a simulated person's marks
+                from. MONAI's ``PrepareBatchExtraInput({"truth": "label"})`` hands it over.
 
         Raises:
-            ConfigError: prompts of another number of images or objects.
+            ConfigError: prompts of another number of images or objects; training with corrections and no truth.
 
         Returns:
             In evaluation logits (B, K, H, W), float32. In training :class:`SAMSPOutput`.
         """
-        return self.decode(image if isinstance(image, Encoded) else self.encode(image), prompts)
+        return self.decode(image if isinstance(image, Encoded) else self.encode(image), prompts, truth)
 
-    def decode(self, encoded: Encoded, prompts: Prompts | None = None) -> Tensor | SAMSPOutput:
+    def decode(
+        self, encoded: Encoded, prompts: Prompts | None = None, truth: Tensor | None = None
+    ) -> Tensor | SAMSPOutput:
         """The rest of the forward pass: every pass of the decoder."""
         embedding = self.encoder.embedding_of(encoded.features)
         if self.dropout and self.training:
@@ -142,18 +163,34 @@ class SAMSP(nn.Module):
                     f"The prompts are for {prompts.shape()} (images, objects); expected {tuple(masks[-1].shape[:2])}, "
                     "one set for each foreground class of each image."
                 )
-            prompts = prompts.to(embedding.device)  # a person's marks are made where the mouse is
-            # SAM's way of refining: the mask so far goes in with the new click.
-            found = (masks[-1] > 0).flatten(2).any(-1)
-            given = prompts if prompts.masks is not None else prompts._replace(masks=masks[-1].detach(), has_mask=found)
-            refined = self._decode(embedding, given)
-            # What nobody touched stays as it was found.
-            masks.append(torch.where(prompts.present()[..., None, None], refined, masks[-1]))
+            # A person's marks are made where the mouse is.
+            masks.append(self._refine(embedding, masks[-1], prompts.to(embedding.device)))
         size = encoded.size
         if not self.training:
             return self._logits(masks[-1], size)
+        corrected: list[Tensor] = []
+        if self.corrections:
+            if truth is None:
+                raise ConfigError(
+                    "SAMSP is trained with corrections and was given no truth. Hand the label over: "
+                    '"train::trainer::prepare_batch": {"_target_": "PrepareBatchExtraInput", "extra_keys": '
+                    '{"truth": "label"}}; or set network_def::corrections to 0.'
+                )
+            wanted = objects_of(truth, self.num_classes - 1, tuple(masks[-1].shape[-2:]))
+            marks = None
+            for _ in range(self.corrections):
+                seen = corrected[-1] if corrected else masks[-1]
+                marks = one_more_mark(marks, seen.detach(), wanted, stride)
+                corrected.append(self._refine(embedding, masks[-1], marks))
         passes = [self._logits(mask, size) for mask in masks]
-        return SAMSPOutput(passes[-1], passes)
+        return SAMSPOutput(passes[-1], passes, tuple(self._logits(mask, size) for mask in corrected))
+
+    def _refine(self, embedding: Tensor, mask: Tensor, marks: Prompts) -> Tensor:
+        """One more pass with marks on the automatic mask (B, K - 1, h, w); what nobody touched stays as it was."""
+        # SAM's way of refining: the mask so far goes in with the new click.
+        found = (mask > 0).flatten(2).any(-1)
+        given = marks if marks.masks is not None else marks._replace(masks=mask.detach(), has_mask=found)
+        return torch.where(marks.present()[..., None, None], self._decode(embedding, given), mask)
 
     def _decode(self, embedding: Tensor, prompts: Prompts | None) -> Tensor:
         """One pass: mask logits (B, K - 1, h, w)."""

@@ -16,7 +16,8 @@ from hspsam_monai.training.losses import DiceCE
 class SelfDistillation(nn.Module):
     """L = sum_s w_s L_sup(y_s, y) + weight * ramp * T^2 * KL(softmax(stopgrad y_S / T) || softmax(y_0 / T)).
 
-    L_sup is HSP-SAM's 0.2 CE + 0.8 Dice. The paper draws the distillation without its formula; direction
+    L_sup is HSP-SAM's 0.2 CE + 0.8 Dice. What a simulated person's corrections give (``SAMSP(corrections=...)``) adds
+    its mean L_sup, times ``correction_weight``. The paper draws the distillation without its formula; direction
     (prompted teaches unprompted), form, temperature and ramp are our choices.
 
     Args:
@@ -24,6 +25,7 @@ class SelfDistillation(nn.Module):
         temperature: T.
         ramp: iterations over which the distillation grows linearly from 0 to its weight.
         pass_weights: w_s of the supervised terms, first pass to last; ``None`` weighs all 1.
+        correction_weight: weight of the corrected masks' supervised term.
 
     Attach it to the trainer (as a handler) so that it knows the iteration; without, the ramp counts as done.
     """
@@ -34,11 +36,12 @@ class SelfDistillation(nn.Module):
         temperature: float = 2.0,
         ramp: int = 500,
         pass_weights: Sequence[float] | None = None,
+        correction_weight: float = 1.0,
     ) -> None:
         super().__init__()
         self.supervised = DiceCE()
         self.weight, self.temperature, self.ramp = weight, temperature, ramp
-        self.pass_weights = pass_weights
+        self.pass_weights, self.correction_weight = pass_weights, correction_weight
         self.progress = 1.0
 
     def attach(self, engine: Engine) -> None:
@@ -60,6 +63,9 @@ class SelfDistillation(nn.Module):
         loss = sum(w * self.supervised(logits, label) for w, logits in zip(weights, passes, strict=True))
         if self.weight and len(passes) > 1:
             loss = loss + self.weight * self.progress * self.distillation(passes[0], passes[-1])
+        if corrected := getattr(output, "corrected", ()):
+            supervised = sum(self.supervised(logits, label) for logits in corrected) / len(corrected)
+            loss = loss + self.correction_weight * supervised
         return loss
 
     def distillation(self, student: Tensor, teacher: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Benchmarks that measure without training: boxes, doubtful parts, references of the curve, int8, Proxy Prompt."""
+"""Benchmarks that measure without training: boxes, clicks, doubtful parts, references, int8, epochs, Proxy Prompt."""
 
 import numpy as np
 import pytest
@@ -43,6 +43,61 @@ def test_mirror_images_are_measured_beside_one_pass(phantoms, tmp_path, capsys):
     assert [row[3] for row in cells] == [ONE, MIRRORS, SCALED]
     assert cells[1][4] == cells[2][4] and cells[2][6].startswith("+0.0000 [")  # at scale 1 both are the same
     assert cells[0][4] != cells[1][4]
+
+
+def test_a_simulated_person_clicks_the_depth_of_what_is_wrong():
+    from clicks import next_click
+
+    truth = np.zeros((40, 60), bool)
+    truth[10:21, 20:31] = True
+    assert next_click(np.zeros_like(truth), truth) == (1, 25.0, 15.0, 1)
+    assert next_click(truth, truth) is None
+    found = truth.copy()
+    found[0:19, 40:60] = True  # 19 x 20 too much, deeper than nothing missed
+    object_, x, y, label = next_click(found, truth)
+    assert (object_, label) == (1, 0) and 8 <= y <= 10 and 48 <= x <= 51  # its border is the picture's
+
+
+def test_clicks_are_accumulated_until_the_mask_is_right(monkeypatch):
+    import clicks
+
+    given = []
+
+    def method(image):
+        def segment(marks):
+            given.append(list(marks))
+            mask = np.zeros(tuple(image.shape[-2:]), bool)
+            return truth if any(label for *_, label in marks) else mask
+
+        return segment
+
+    truth = np.zeros((8, 8), bool)
+    truth[2:6, 2:6] = True
+    monkeypatch.setattr(clicks, "image_tensor", lambda path: torch.zeros(1, 3, 8, 8))
+    monkeypatch.setattr(clicks, "read_mask", lambda path, classes: truth.astype(np.uint8))
+    found = clicks.measure({"one": method}, [{"image": "a", "label": "b"}], 3)
+    assert found["one"].tolist() == [[0.0, 1.0, 1.0, 1.0]]
+    assert len(given) == 2 and given[0] == [] and len(given[1]) == 1  # a right mask is not segmented again
+
+
+def test_the_clock_of_an_epoch_leaves_out_what_follows_its_last_step(monkeypatch):
+    import epochs
+    from ignite.engine import Engine, Events
+
+    now = [0.0]
+    monkeypatch.setattr(epochs.time, "perf_counter", lambda: now[0])
+
+    def spend(seconds):
+        now[0] += seconds
+
+    trainer = Engine(lambda engine, batch: spend(1))
+    trainer.add_event_handler(Events.STARTED, lambda: spend(7))
+    trainer.add_event_handler(Events.GET_BATCH_STARTED, lambda: spend(0.5))
+    trainer.add_event_handler(Events.EPOCH_COMPLETED, lambda: spend(100))
+    clock = epochs.EpochClock()
+    clock.attach(trainer)
+    trainer.run([0, 1, 2], max_epochs=2)
+    assert clock.epochs == [4.5, 4.5] and clock.before == 7
 
 
 def test_true_boxes_are_first_and_last_pixel_and_specks_have_none():

@@ -89,7 +89,9 @@ def test_a_script_that_fails_costs_no_other(tmp_path, monkeypatch, capsys):
 
 def test_every_script_has_its_section(repo):
     import box_prompt
+    import clicks
     import doubtful
+    import epochs
     import few_shot
     import int8
     import prompt_ablation
@@ -103,7 +105,7 @@ def test_every_script_has_its_section(repo):
 
     text = (repo / "benchmarks" / "RESULTS.md").read_text()
     trained = (unseen_sources, prompt_ablation, sam_sp_ablation, systems, few_shot, support_curve)
-    for script in (box_prompt, *trained, stored_features, int8, doubtful, proxy_speed):
+    for script in (box_prompt, *trained, stored_features, epochs, clicks, int8, doubtful, proxy_speed):
         assert text.count(f"<!-- section: {script.SECTION} -->") == 1
     sections = re.findall(r"<!-- section: (\S+) -->", text)
     assert sections == re.findall(r"<!-- end: (\S+) -->", text)
@@ -181,7 +183,7 @@ def test_seeds_are_averaged_case_by_case():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["few_shot", "sam_sp_ablation", "stored_features", "systems"])
+@pytest.mark.parametrize("name", ["epochs", "few_shot", "sam_sp_ablation", "stored_features", "systems"])
 def test_the_other_networks_studies_end_with_a_table(name, phantoms, tmp_path, capsys):
     import importlib
 
@@ -196,12 +198,14 @@ def test_the_other_networks_studies_end_with_a_table(name, phantoms, tmp_path, c
         words += ["--sets", "kvasir", "--set", "batch_size=4"]
     elif name == "stored_features":
         words += ["--set", "batch_size=4"]
+    elif name == "epochs":
+        words += ["--set", "batch_size=2", "--images", "4", "--rounds", "2"]
     else:
         words += ["--steps", "0", "1", "--prompts", "--distillation", "--set", "batch_size=4"]
     script.main(words)
     text = results.read_text()
     rows = {"few_shot": ("proxy", "decoder", "hsp"), "sam_sp_ablation": ("s0", "s1-box"), "systems": ("hsp", "sam-sp")}
-    rows["stored_features"] = ("LoRA", "stored features")
+    rows["stored_features"] = rows["epochs"] = ("LoRA", "stored features")
     expected = rows[name]
     assert all(f"| {one} |" in text for one in expected) and str(tmp_path) not in text
     capsys.readouterr()

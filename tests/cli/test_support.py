@@ -148,7 +148,7 @@ def test_no_supports_no_context_and_networks_without(model, supports, images, tm
 
 
 def test_without_a_shipped_proxy_prompt_the_way_to_one_is_told(supports, images, tmp_path, monkeypatch):
-    monkeypatch.setattr("hspsam_monai.cli.models.shipped_model", lambda _=False: tmp_path / "proxy_prompt.safetensors")
+    monkeypatch.setattr("hspsam_monai.cli.models.shipped_model", lambda _="": tmp_path / "proxy_prompt.safetensors")
     for words in (["segment", images, tmp_path / "masks", "--support", supports], ["context", supports, tmp_path]):
         result = hspsam(*words, code=1)
         assert "ships no trained Proxy Prompt" in result.stderr and "--network proxy_prompt" in result.stderr

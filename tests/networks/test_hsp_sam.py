@@ -8,7 +8,7 @@ from hspsam_monai.encoders import ENCODERS
 from hspsam_monai.encoders.lora import merge_lora
 from hspsam_monai.encoders.weights import read_state, write_state
 from hspsam_monai.errors import ConfigError, WeightsError
-from hspsam_monai.networks import HSPSAM, ConvPyramidSAM, load_pretrained
+from hspsam_monai.networks import HSPSAM, SAMSP, ConvPyramidSAM, load_pretrained
 from hspsam_monai.networks.pretrained import load_checkpoint
 
 
@@ -255,6 +255,37 @@ def test_no_weights_is_a_warning_and_a_checkpoint_loads_whole(tmp_path, caplog):
         path = write_state(tmp_path / "model.pt", {"model": network.state_dict()})
         report = load_pretrained(network, path)
         assert len(report.loaded) == len(network.state_dict())
+
+
+def test_a_later_start_gives_its_encoder_alone(tmp_path, caplog):
+    """SAM-SP from a trained HSP-SAM: SAM's decoder of the one, the encoder of the other."""
+    torch.manual_seed(1)
+    trained = write_state(tmp_path / "hsp.pt", {"model": HSPSAM("mobile_sam", 64, adapt="full").state_dict()})
+    whole = write_state(tmp_path / "sp.pt", {"model": SAMSP("mobile_sam", 64, adapt="full").state_dict()})
+    network = SAMSP("mobile_sam", 64, adapt="lora")
+    report = load_pretrained(network, [str(whole), trained])
+    state, start = read_state(trained), read_state(whole)
+    found = network.state_dict()
+    encoder = [key for key in found if key.startswith("encoder.") and "lora_" not in key]
+    assert all(torch.equal(found[key], state[key]) for key in encoder)
+    assert all(torch.equal(found[key], start[key]) for key in found if not key.startswith("encoder."))
+    assert not all(torch.equal(state[key], start[key]) for key in encoder)
+    assert len(report.loaded) == len(encoder) and any(key.startswith("decoder.") for key in report.ignored)
+    assert all(not found[key].any() for key in found if "lora_b" in key)  # an update of other weights
+    caplog.clear()
+    load_pretrained(network, ["", trained])
+    assert "random" in caplog.text and load_pretrained(network, ["", ""]) is None
+    with pytest.raises(WeightsError, match=r"does not fit|lacks|does not know"):
+        load_pretrained(SAMSP("sam_small", 64), [None, trained])
+
+
+@pytest.mark.data
+def test_a_later_start_may_be_an_official_file(shared):
+    path = shared / "weights" / "mobile_sam.pt"
+    network = build(adapt="full")
+    load_pretrained(network, ["", path])
+    key = "layers.3.blocks.1.attn.qkv.weight"
+    assert torch.equal(network.encoder.state_dict()[key], read_state(path)["image_encoder." + key])
 
 
 # -- refusals
