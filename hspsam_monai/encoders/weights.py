@@ -345,7 +345,8 @@ def load_encoder_of(encoder: Encoder, source: str | Path) -> KeyReport:
 
     Args:
         encoder: of the kind and input size that the checkpoint's has.
-        source: as in :func:`load_encoder`.
+        source: as in :func:`load_encoder`. A network that does not use SAM's neck has none; then the encoder keeps its
+            own, which the report counts as missing.
 
     Raises:
         WeightsError: as in :func:`load_encoder`.
@@ -356,7 +357,10 @@ def load_encoder_of(encoder: Encoder, source: str | Path) -> KeyReport:
     if not own:
         return load_encoder(encoder, path, state=state)
     ignored = tuple(key for key in state if not key.startswith(OWN_PREFIX))
-    return _load(encoder, own, path, True, KeyReport(ignored=ignored))
+    kept = {k: v for k, v in encoder.state_dict().items() if k.startswith("neck.") and k not in own}
+    report = _load(encoder, own | kept, path, True, KeyReport(ignored=ignored))
+    loaded = tuple(key for key in report.loaded if key not in kept)
+    return replace(report, loaded=loaded, missing=(*report.missing, *kept))
 
 
 def load_network(

@@ -272,6 +272,14 @@ def test_a_later_start_gives_its_encoder_alone(tmp_path, caplog):
     assert not all(torch.equal(state[key], start[key]) for key in encoder)
     assert len(report.loaded) == len(encoder) and any(key.startswith("decoder.") for key in report.ignored)
     assert all(not found[key].any() for key in found if "lora_b" in key)  # an update of other weights
+    slim = HSPSAM("mobile_sam", 64, adapt="full", decoder="slim")
+    assert not any(key.startswith("encoder.neck.") for key in slim.state_dict())  # it has no use for it
+    report = load_pretrained(network, [whole, write_state(tmp_path / "slim.pt", {"model": slim.state_dict()})])
+    found, state = network.state_dict(), slim.state_dict()
+    necks = [key for key in found if key.startswith("encoder.neck.")]
+    assert all(torch.equal(found[key], start[key]) for key in necks)
+    assert all(torch.equal(found[key], state[key]) for key in encoder if key not in necks)
+    assert {"encoder." + key for key in report.missing if "lora_" not in key} == set(necks)
     caplog.clear()
     load_pretrained(network, ["", trained])
     assert "random" in caplog.text and load_pretrained(network, ["", ""]) is None
