@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import argparse
 from functools import partial
+from itertools import product
 
 import torch
 from common import argument_parser, device, machine_line, markdown_table, publish, start_logging
 from speed_network import overhead_ratio
 from timing import Timing, interleave, milliseconds, verdict
 
+from hspsam_monai.encoders import ENCODERS
 from hspsam_monai.networks import ProxyPrompt
 from hspsam_monai.networks.selective_scan import selective_scan
 
@@ -28,6 +30,7 @@ NAIVE = 1024
 def main(argv: list[str] | None = None) -> None:
     """Measure and print both tables."""
     parser = argument_parser("proxy_speed", __doc__, data_required=False)
+    parser.add_argument("--encoders", nargs="+", default=["mobile_sam", "sam_vit_b"], choices=list(ENCODERS))
     parser.add_argument("--sizes", nargs="+", type=int, default=[384, 512], help="sides in pixels")
     parser.add_argument("--supports", nargs="+", type=int, default=[1, 4, 16], help="K")
     parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS))
@@ -41,9 +44,9 @@ def main(argv: list[str] | None = None) -> None:
 
 def _contexts(args: argparse.Namespace) -> str:
     rows = []
-    for size in args.sizes:
+    for encoder, size in product(args.encoders, args.sizes):
         torch.manual_seed(0)
-        network = ProxyPrompt("mobile_sam", image_size=size).to(device()).eval()
+        network = ProxyPrompt(encoder, image_size=size).to(device()).eval()
         image = torch.rand(1, 3, size, size, device=device())
         contexts = {}
         for count in args.supports:
@@ -66,8 +69,8 @@ def _contexts(args: argparse.Namespace) -> str:
             ratio = overhead_ratio(times, name)
             milli = [milliseconds(times[key].median) for key in ("encoder", name)]
             aim = verdict(ratio, OVERHEAD_AIM, at_most=True) if size == 512 else "–"
-            rows.append([size, name, *milli, f"{ratio:.3f}", aim, len(times[name].seconds)])
-    head = ["px", "supports in the context", "encoder ms", "whole ms", "whole ÷ encoder", "aim", "rounds"]
+            rows.append([encoder, size, name, *milli, f"{ratio:.3f}", aim, len(times[name].seconds)])
+    head = ["encoder", "px", "supports in the context", "encoder ms", "whole ms", "whole ÷ encoder", "aim", "rounds"]
     return (
         f"{markdown_table(head, rows)}\nOne image, float32, one object, random weights; medians, ratios medians over "
         "rounds in which all took turns."

@@ -204,9 +204,10 @@ def test_boxed_cases_belong_to_their_code_data_and_weights(phantoms, tmp_path, m
 def test_proxy_speed_sets_every_context_and_its_recurrence_is_the_scans(capsys):
     import proxy_speed
 
-    proxy_speed.main("--dry --sizes 64 --supports 1 3 --tokens 64 128 --seconds 0.01".split())
+    proxy_speed.main("--dry --encoders mobile_sam --sizes 64 --supports 1 3 --tokens 64 128 --seconds 0.01".split())
     out = capsys.readouterr().out
-    assert [line.split("|")[2].strip() for line in out.splitlines() if line.startswith("| 64 |")] == ["K = 1", "K = 3"]
+    rows = [line.split("|")[3].strip() for line in out.splitlines() if line.startswith("| mobile_sam | 64 |")]
+    assert rows == ["K = 1", "K = 3"]
     assert "scan, 128 tokens" in out and "plain recurrence, 64 tokens" in out
     assert float(out.split("64 tokens: ")[-1].split()[0].rstrip(".")) < 1e-6
 
