@@ -36,6 +36,7 @@ from torch.nn import functional as F
 from hspsam_monai.data import read_mask
 from hspsam_monai.errors import ConfigError
 from hspsam_monai.inference import ImageInferer
+from hspsam_monai.networks import SAMSP
 from hspsam_monai.networks.user_prompts import user_prompts
 from hspsam_monai.scores import score_masks
 from hspsam_monai.training.handlers import clock
@@ -54,7 +55,7 @@ Segment = Callable[[list[tuple[int, float, float, int]]], np.ndarray]
 def main(argv: list[str] | None = None) -> None:
     """Measure and print the tables."""
     parser = argument_parser("clicks", __doc__)
-    parser.add_argument("--models", nargs="+", required=True, metavar="RUN", help="folders of SAM-SP's trainings")
+    parser.add_argument("--models", nargs="+", default=["sam_sp"], metavar="RUN", help="sam_sp, or folders of runs")
     parser.add_argument("--split", default="val")
     parser.add_argument("--clicks", type=int, default=5)
     parser.add_argument("--limit", type=int, help="only so many images, spread over the split")
@@ -66,10 +67,15 @@ def main(argv: list[str] | None = None) -> None:
     cases = whole = cases_of(args.data, args.split)
     if args.limit:
         cases = [cases[i] for i in np.unique(np.linspace(0, len(cases) - 1, args.limit).astype(int))]
+    if args.clicks < 1:
+        raise ConfigError(f"--clicks is {args.clicks}; expected 1 or more.")
+    names = [Path(name).name for name in args.models]
+    if len(set(names)) != len(names):
+        raise ConfigError(f"Models need different names, not {', '.join(names)}.")
     methods: dict[str, Callable[[Tensor], Segment]] = {}
     for name in args.models:
         network, _, size, classes = load_model(name)
-        if classes != 2 or not hasattr(network, "sam"):
+        if classes != 2 or not isinstance(network, SAMSP):
             raise ConfigError(f"{name} is no SAM-SP of background and one class; clicks refine nothing else here.")
         methods[Path(name).name] = _automatic(network, ImageInferer(size, PRECISION))
     methods[PEER] = _mobile_sam(BoxedMobileSAM(weights))

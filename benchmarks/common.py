@@ -288,17 +288,19 @@ def parse_measure(text: str) -> tuple[str, str, str]:
 
 
 def load_model(model: str) -> tuple[nn.Module, list[Path], int, int]:
-    """Load ``shipped`` or the folder of a run.
+    """Load ``shipped``, the shipped ``sam_sp`` or the folder of a run.
 
     Returns:
         The network in evaluation mode, the configurations that describe it, its image size, its number of classes.
     """
     root, run = bundle_root(), Path(model)
-    weights, config = run / "model.pt", run / "network.json"
-    if model == "shipped":
-        weights, config = root / "models" / "model.pt", root / "configs" / "inference.json"
-    network, size, classes = load_network(weights, [config])
-    return network, [config], size, classes
+    weights, configs = run / "model.pt", [run / "network.json"]
+    if model in ("shipped", "sam_sp"):
+        weights, configs = root / "models" / "model.pt", [root / "configs" / "inference.json"]
+    if model == "sam_sp":
+        weights, configs = weights.with_name("sam_sp.safetensors"), [*configs, root / "configs" / "sam_sp.json"]
+    network, size, classes = load_network(weights, configs)
+    return network, configs, size, classes
 
 
 def mirror_inferer(files: Sequence[str | Path], precision: str = PRECISION) -> ImageInferer:

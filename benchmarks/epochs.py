@@ -19,7 +19,7 @@ from common import argument_parser, cases_of, machine, machine_line, markdown_ta
 from ignite.engine import Engine, Events
 from speed_training import CACHE_AIM
 from stored_features import PRESETS
-from studies import common_overrides, config_files, train, training_arguments
+from studies import common_overrides, config_files, merged_config, train, training_arguments
 from timing import verdict
 
 from hspsam_monai.errors import ConfigError
@@ -72,17 +72,24 @@ def main(argv: list[str] | None = None) -> None:
     if count < 1 or args.rounds < 1 or args.epochs < 1:
         raise ConfigError("images, rounds and epochs must be 1 or more.")
     clocks: dict[str, list[EpochClock]] = {preset: [] for preset in PRESETS}
-    shutil.rmtree(args.output, ignore_errors=True)  # features that are there already would cost nothing
-    config: Mapping[str, Any] = {}
+    _remove(args.output / "features")  # those that are there already would cost nothing
+    views = 0
     for turn in range(args.rounds):
         for preset, overlay in PRESETS.items():
             clock = EpochClock()
-            name = f"{preset.replace(' ', '-').lower()}-{turn}"
-            config = _overrides(args, preset, count, args.output / name)
+            folder = args.output / f"{preset.replace(' ', '-').lower()}-{turn}"
+            _remove(folder)
+            config = _overrides(args, preset, count, folder)
             train(config_files(overlay), config, clock.attach)
             clocks[preset].append(clock)
-    shutil.rmtree(args.output / "features")
-    publish(SECTION, _report(clocks, count, args), args)
+            views = views if preset == LORA else merged_config(overlay, config).get("feature_views")
+    _remove(args.output / "features")
+    publish(SECTION, _report(clocks, count, views, args), args)
+
+
+def _remove(folder: Path) -> None:
+    if folder.is_dir():
+        shutil.rmtree(folder)
 
 
 def _overrides(args: Any, preset: str, count: int, output: Path) -> dict[str, Any]:
@@ -102,7 +109,7 @@ def _overrides(args: Any, preset: str, count: int, output: Path) -> dict[str, An
     return found
 
 
-def _report(clocks: Mapping[str, list[EpochClock]], count: int, args: Any) -> str:
+def _report(clocks: Mapping[str, list[EpochClock]], count: int, views: int, args: Any) -> str:
     times = {preset: [seconds for clock in each for seconds in clock.epochs] for preset, each in clocks.items()}
     lora = statistics.median(times[LORA])
     rows = []
@@ -116,13 +123,13 @@ def _report(clocks: Mapping[str, list[EpochClock]], count: int, args: Any) -> st
     stored = statistics.median(times[STORED])
     # Later rounds find the features stored, but must look through them.
     filling = clocks[STORED][0].before
-    pays = filling / max(lora - stored, 1e-9)
+    pays = f"is won back after {filling / (lora - stored):.1f} epochs" if stored < lora else "is never won back"
     settings = ", ".join(args.settings)
     text = (
         f"An epoch of {count} images of the training split, validation left out; the presets take turns, "
         f"{args.rounds} rounds of {args.epochs} epochs"
         f"{f', {args.image_size} px' if args.image_size else ''}{f', {settings}' if settings else ''}. Storing the "
-        f"features of four views of each image took {filling:.0f} s once, which is won back after {pays:.1f} epochs. "
+        f"features of {views} views of each image took {filling:.0f} s once, which {pays}. "
         f"Load when finished {machine()['load'] or 0:.1f}."
     )
     return f"{markdown_table(head, rows)}\n{text}\n\n{machine_line()}"

@@ -37,28 +37,32 @@ class Variant:
         steps: S self-prompting passes.
         prompt: kinds of prompt, of :data:`hspsam_monai.networks.self_prompts.KINDS`.
         distilled: whether the last pass teaches the first.
+        corrections: marks of a simulated person; 0 is the paper's training.
     """
 
     steps: int = 1
     prompt: tuple[str, ...] = ("box",)
     distilled: bool = True
+    corrections: int = 0
 
     @property
     def name(self) -> str:
         """Name that tells all of it; without a second pass there is neither prompt nor teacher."""
+        corrected = f"-c{self.corrections}" if self.corrections else ""
         if not self.steps:
-            return "s0"
-        return f"s{self.steps}-{'+'.join(self.prompt)}" + ("" if self.distilled else "-undistilled")
+            return f"s0{corrected}"
+        return f"s{self.steps}-{'+'.join(self.prompt)}{'' if self.distilled else '-undistilled'}{corrected}"
 
     def overrides(self) -> dict[str, object]:
         """Give the overrides of train.json with the overlay."""
         own: dict[str, object] = {"network_def::steps": self.steps, "network_def::prompt": list(self.prompt)}
+        own["network_def::corrections"] = self.corrections
         return own if self.distilled else {**own, "train::loss::weight": 0.0}
 
 
-def variants(steps: list[int], prompts: list[str], distillation: list[str]) -> list[Variant]:
+def variants(steps: list[int], prompts: list[str], distillation: list[str], corrections: int = 0) -> list[Variant]:
     """List the starting point and what differs from it in one thing, each network once, S = 0 first."""
-    base = Variant()
+    base = Variant(corrections=corrections)
     found = [replace(base, steps=count) for count in steps]
     found += [base, *(replace(base, prompt=tuple(text.split("+"))) for text in prompts)]
     found += [replace(base, distilled=word == "on") for word in distillation]
@@ -72,11 +76,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--steps", nargs="*", type=int, default=[0, 1, 2], help="S")
     parser.add_argument("--prompts", nargs="*", default=list(KINDS), help="kinds at S = 1, joined by + for a mix")
     parser.add_argument("--distillation", nargs="*", choices=["on", "off"], default=["on", "off"], help="at S = 1")
+    parser.add_argument("--corrections", type=int, default=0, help="a simulated person's marks, of every variant")
     args = parser.parse_args(argv)
     start_logging()
 
     common = common_overrides(args)
-    chosen = variants(args.steps, args.prompts, args.distillation)
+    chosen = variants(args.steps, args.prompts, args.distillation, args.corrections)
     cases_of(args.data, "train")  # found now, not after the first run
     tests = by_source(cases_of(args.data, "val"))
     pairs = [(variant, seed) for variant in chosen for seed in args.seeds]

@@ -218,7 +218,7 @@ def context(
 
 @app.command()
 def export(
-    model: Annotated[str, typer.Argument(help="Folder of a run, a model.pt, `shipped` or `sam_sp`.")],
+    model: Annotated[str, typer.Argument(help="Folder of a run, a model.pt, or `shipped`.")],
     output: Annotated[Path, typer.Argument(metavar="OUT.onnx", help="The file to write.")],
 ) -> None:
     """Write a model as ONNX: any batch, images of its own size; checked against PyTorch (needs the extra `export`)."""

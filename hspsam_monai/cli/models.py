@@ -90,10 +90,11 @@ def model_path(source: str | Path | None, supports: bool = False) -> Path:
         WeightsError: there is no such model.
     """
     if source is None or str(source) == "shipped":
-        source = "proxy_prompt" if supports else "hsp_sam"
-    path = Path(source).expanduser()
-    # A run's folder of such a name is meant where there is one.
-    path = shipped_model(str(source)) if str(source) in SHIPPED and not path.exists() else path
+        path = shipped_model("proxy_prompt" if supports else "hsp_sam")
+    else:
+        path = Path(source).expanduser()
+        # Who names a model means the run's folder of that name where there is one.
+        path = shipped_model(str(source)) if str(source) in SHIPPED and not path.exists() else path
     path = path / "model.pt" if path.is_dir() else path
     if not path.is_file() and supports and path == shipped_model("proxy_prompt"):
         raise WeightsError(

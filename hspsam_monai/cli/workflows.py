@@ -359,8 +359,9 @@ def _pretrained(source: str | None, resume: bool, kind: str) -> str:
     """Path or name of weights that are there; empty for random ones. ``kind``: which shipped model is meant."""
     if not source or source.lower() == "none":
         return ""
-    source = kind if source == "shipped" else source
-    if source in SHIPPED and not Path(source).exists():
+    if source == "shipped":
+        return str(find_model(shipped_model(kind)).path)
+    if source in SHIPPED and (Path(source).is_dir() or not Path(source).exists()):
         return str(find_model(source).path)
     from hspsam_monai.encoders.weights import CATALOGUE, locate
 

@@ -345,19 +345,33 @@ def load_encoder_of(encoder: Encoder, source: str | Path) -> KeyReport:
 
     Args:
         encoder: of the kind and input size that the checkpoint's has.
-        source: as in :func:`load_encoder`. A network that does not use SAM's neck has none; then the encoder keeps its
-            own, which the report counts as missing.
+        source: as in :func:`load_encoder`. A network that does not use SAM's neck has none: where only the checkpoint
+            lacks it the encoder keeps its own, which the report counts as missing; where only the encoder does, the
+            checkpoint's is ignored. LoRA's updates fit an encoder with LoRA of the same rank.
 
     Raises:
-        WeightsError: as in :func:`load_encoder`.
+        WeightsError: as in :func:`load_encoder`; or LoRA of another rank than the encoder's, or of an encoder without.
     """
     path = locate_verified(source)
     state = read_state(path)
     own = {key.removeprefix(OWN_PREFIX): value for key, value in state.items() if key.startswith(OWN_PREFIX)}
     if not own:
         return load_encoder(encoder, path, state=state)
-    ignored = tuple(key for key in state if not key.startswith(OWN_PREFIX))
-    kept = {k: v for k, v in encoder.state_dict().items() if k.startswith("neck.") and k not in own}
+    known = encoder.state_dict()
+    unused = [key for key in own if key.startswith("neck.") and key not in known]
+    ignored = (*(key for key in state if not key.startswith(OWN_PREFIX)), *(OWN_PREFIX + key for key in unused))
+    own = {key: value for key, value in own.items() if key not in unused}
+    theirs, ours = (
+        {len(value) for key, value in each.items() if "lora_a" in key} for each in (own, known)
+    )  # the ranks
+    if theirs and theirs != ours:
+        rank = max(theirs)
+        raise WeightsError(
+            f"The encoder of {path} was adapted by LoRA of rank {rank}; expected "
+            f"{f'rank {max(ours)}' if ours else 'one without LoRA'}, as the network's own. Set network_def::adapt=lora "
+            f"network_def::lora_rank={rank}, or start from a training with adapt=full."
+        )
+    kept = {k: v for k, v in known.items() if k.startswith("neck.") and k not in own}
     report = _load(encoder, own | kept, path, True, KeyReport(ignored=ignored))
     loaded = tuple(key for key in report.loaded if key not in kept)
     return replace(report, loaded=loaded, missing=(*report.missing, *kept))

@@ -15,6 +15,11 @@ from hspsam_monai.networks.self_prompts import squared_distance, tight_boxes
 
 #: Share of the objects whose first mark is a box around the truth; the others get a click.
 BOX_SHARE = 0.25
+#: Shares of the objects whose mask, before a person corrects it, is taken for missing or for another image's: rare on
+#: images that are trained on, frequent in use, where a click must count for more than the mask.
+MISSED_SHARE, ELSEWHERE_SHARE = 0.25, 0.15
+#: Logit of a mask in which nothing is found.
+_NOTHING = -10.0
 #: A person's box is off by up to this share of the object's side at each of its sides.
 BOX_ERROR = 0.1
 
@@ -32,6 +37,22 @@ def objects_of(label: Tensor, count: int, size: tuple[int, int]) -> Tensor:
     """
     small = F.interpolate(label.float(), size, mode="nearest-exact")
     return small == torch.arange(1, count + 1, device=label.device)[:, None, None]
+
+
+def with_mistakes(masks: Tensor) -> Tensor:
+    """What the person sees first: the automatic masks, some missing and some in another place.
+
+    Args:
+        masks: (B, N, h, w) logits.
+
+    Returns:
+        The same, :data:`MISSED_SHARE` of the objects without any mask, :data:`ELSEWHERE_SHARE` with that of the next
+        image's object. No gradient.
+    """
+    masks = masks.detach()
+    draw = torch.rand(*masks.shape[:2], 1, 1, device=masks.device)
+    seen = torch.where(draw < MISSED_SHARE + ELSEWHERE_SHARE, masks.roll(1, 0), masks)
+    return torch.where(draw < MISSED_SHARE, _NOTHING, seen)
 
 
 def one_more_mark(given: Prompts | None, masks: Tensor, truth: Tensor, stride: float) -> Prompts:

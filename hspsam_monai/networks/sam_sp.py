@@ -20,7 +20,7 @@ from hspsam_monai.encoders import Encoded, build_encoder
 from hspsam_monai.errors import ConfigError
 from hspsam_monai.networks.adaptation import set_adaptation
 from hspsam_monai.networks.arguments import check_arguments
-from hspsam_monai.networks.corrections import objects_of, one_more_mark
+from hspsam_monai.networks.corrections import objects_of, one_more_mark, with_mistakes
 from hspsam_monai.networks.layers import resize
 from hspsam_monai.networks.sam_decoder import WIDTH, Prompts, SAMDecoder
 from hspsam_monai.networks.self_prompts import KINDS, self_prompts
@@ -174,14 +174,15 @@ class SAMSP(nn.Module):
                 raise ConfigError(
                     "SAMSP is trained with corrections and was given no truth. Hand the label over: "
                     '"train::trainer::prepare_batch": {"_target_": "PrepareBatchExtraInput", "extra_keys": '
-                    '{"truth": "label"}}; or set network_def::corrections to 0.'
+                    '{"truth": "label"}} (on stored features "$hspsam_monai.training.stored_batch_with_truth"); or set '
+                    "network_def::corrections to 0."
                 )
             wanted = objects_of(truth, self.num_classes - 1, tuple(masks[-1].shape[-2:]))
-            marks = None
+            marks, start = None, with_mistakes(masks[-1])
             for _ in range(self.corrections):
-                seen = corrected[-1] if corrected else masks[-1]
-                marks = one_more_mark(marks, seen.detach(), wanted, stride)
-                corrected.append(self._refine(embedding, masks[-1], marks))
+                seen = corrected[-1].detach() if corrected else start
+                marks = one_more_mark(marks, seen, wanted, stride)
+                corrected.append(self._refine(embedding, start, marks))
         passes = [self._logits(mask, size) for mask in masks]
         return SAMSPOutput(passes[-1], passes, tuple(self._logits(mask, size) for mask in corrected))
 

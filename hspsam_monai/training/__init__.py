@@ -9,7 +9,12 @@ from hspsam_monai.training.episodes import (
     episode_batch,
     held_out_episodes,
 )
-from hspsam_monai.training.feature_cache import FeatureDataset, FillFeatures, stored_batch
+from hspsam_monai.training.feature_cache import (
+    FeatureDataset,
+    FillFeatures,
+    stored_batch,
+    stored_batch_with_truth,
+)
 from hspsam_monai.training.handlers import (
     Attach,
     EpochSeeds,
@@ -48,6 +53,7 @@ __all__ = [
     "of_this_process",
     "parameter_groups",
     "stored_batch",
+    "stored_batch_with_truth",
     "warmup_poly",
     "write_record",
 ]

@@ -312,3 +312,11 @@ def stored_batch(
         "size": batch["size"],
         "original": original,
     }, label  # sizes stay on the CPU, where they are read
+
+
+def stored_batch_with_truth(
+    batch: Mapping[str, Any], device: str | torch.device | None = None, non_blocking: bool = False, **options: Any
+) -> tuple[dict[str, Tensor], Tensor, tuple[()], dict[str, Tensor]]:
+    """:func:`stored_batch` for a network that takes the label, too (``SAMSP`` trained with corrections)."""
+    image, label = stored_batch(batch, device, non_blocking, **options)
+    return image, label, (), {"truth": label}

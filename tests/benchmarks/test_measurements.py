@@ -58,6 +58,20 @@ def test_a_simulated_person_clicks_the_depth_of_what_is_wrong():
     assert (object_, label) == (1, 0) and 8 <= y <= 10 and 48 <= x <= 51  # its border is the picture's
 
 
+def test_what_clicks_cannot_measure_is_refused_first(phantoms, tmp_path, monkeypatch):
+    import clicks
+
+    monkeypatch.setattr(clicks, "weights_file", lambda given: given)
+    words = ["--data", str(phantoms), "--split", "all", "--dry", "--output", str(tmp_path)]
+    for further, message in (
+        (["--clicks", "0"], "1 or more"),
+        (["--models", "a/run", "b/run"], "different names"),
+        (["--models", "shipped"], "no SAM-SP"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            clicks.main([*words, "--weights", "somewhere", *further])
+
+
 def test_clicks_are_accumulated_until_the_mask_is_right(monkeypatch):
     import clicks
 

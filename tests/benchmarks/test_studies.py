@@ -79,6 +79,11 @@ def test_variants_of_sam_sp_differ_in_one_thing_and_zero_passes_come_first():
     assert configs["s1-box"].get_parsed_content("train::loss").weight > 0
     budgets = {(c["epochs"], c["batch_size"], c["lr"], c["image_size"]) for c in configs.values()}
     assert len(budgets) == 1
+    # The paper's training unless asked for, though the overlay has a simulated person.
+    assert {c.get("network_def")["corrections"] for c in configs.values()} == {0}
+    corrected = variants([0, 1], ["mask+points"], ["on"], corrections=2)
+    assert [v.name for v in corrected] == ["s0-c2", "s1-box-c2", "s1-mask+points-c2"]
+    assert all(v.overrides()["network_def::corrections"] == 2 for v in corrected)
 
 
 def test_few_shot_methods_share_cases_and_budget(phantoms):

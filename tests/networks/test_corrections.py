@@ -6,7 +6,7 @@ import torch
 from hspsam_monai.errors import ConfigError
 from hspsam_monai.networks import SAMSP, Prompts
 from hspsam_monai.networks import corrections as corrections_module
-from hspsam_monai.networks.corrections import objects_of, one_more_mark
+from hspsam_monai.networks.corrections import objects_of, one_more_mark, with_mistakes
 from hspsam_monai.networks.sam_decoder import ABSENT
 from hspsam_monai.training import SelfDistillation
 
@@ -74,6 +74,24 @@ def test_a_box_lies_around_the_truth_and_is_only_drawn_where_something_is_wrong(
     assert 0 < off.max() and (off <= 0.1 * torch.tensor([64.0, 32.0, 64.0, 32.0])).all()
 
 
+def test_some_masks_are_missing_and_some_another_images():
+    torch.manual_seed(0)
+    masks = torch.arange(400.0)[:, None, None, None].expand(400, 2, 4, 4).clone().requires_grad_()
+    seen = with_mistakes(masks)
+    assert not seen.requires_grad and seen.shape == masks.shape
+    missing = (seen == -10).flatten(2).all(-1)
+    elsewhere = (seen == masks.roll(1, 0)).flatten(2).all(-1)
+    kept = (seen == masks).flatten(2).all(-1)
+    assert (missing.int() + elsewhere + kept == 1).all()
+    assert 0.2 < missing.float().mean() < 0.3 and 0.1 < elsewhere.float().mean() < 0.2
+    assert (missing[:, 0] != missing[:, 1]).any()  # each object for itself
+
+
+@pytest.fixture
+def no_mistakes(monkeypatch):
+    monkeypatch.setattr("hspsam_monai.networks.sam_sp.with_mistakes", torch.Tensor.detach)
+
+
 def build(**options):
     torch.manual_seed(0)
     return SAMSP("mobile_sam", image_size=64, **{"adapt": "full", "corrections": 2, **options})
@@ -99,7 +117,7 @@ def test_training_adds_corrected_masks_that_the_loss_and_the_prompt_encoder_lear
 
 
 @torch.no_grad()
-def test_a_correction_is_what_the_same_marks_of_a_person_give(monkeypatch):
+def test_a_correction_is_what_the_same_marks_of_a_person_give(monkeypatch, no_mistakes):
     """The simulated pass and the pass in use must be one, or training would teach something else."""
     network = build(corrections=1).eval()
     network.training = True  # the top alone: dropout and batch statistics stay as in use
@@ -129,7 +147,7 @@ def test_corrections_are_trainings_alone_and_need_the_truth():
 
 
 @torch.no_grad()
-def test_what_needs_no_mark_is_left_alone():
+def test_what_needs_no_mark_is_left_alone(no_mistakes):
     network = build(num_classes=4).eval()
     network.training = True
     image = torch.rand(2, 3, 64, 64)

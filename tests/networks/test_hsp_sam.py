@@ -280,11 +280,21 @@ def test_a_later_start_gives_its_encoder_alone(tmp_path, caplog):
     assert all(torch.equal(found[key], start[key]) for key in necks)
     assert all(torch.equal(found[key], state[key]) for key in encoder if key not in necks)
     assert {"encoder." + key for key in report.missing if "lora_" not in key} == set(necks)
+    assert not load_pretrained(slim, [None, whole]).missing  # the other way round: a neck for which there is no use
+    assert torch.equal(slim.state_dict()[encoder[0]], start[encoder[0]])
     caplog.clear()
     load_pretrained(network, ["", trained])
     assert "random" in caplog.text and load_pretrained(network, ["", ""]) is None
     with pytest.raises(WeightsError, match=r"does not fit|lacks|does not know"):
         load_pretrained(SAMSP("sam_small", 64), [None, trained])
+
+
+@pytest.mark.parametrize(("adapt", "expected"), [("lora", "rank 8"), ("full", "one without LoRA")])
+def test_lora_of_another_rank_is_told(tmp_path, adapt, expected):
+    path = write_state(tmp_path / "hsp.pt", {"model": build(adapt="lora", lora_rank=4).state_dict()})
+    load_pretrained(SAMSP("mobile_sam", 64, adapt="lora", lora_rank=4), [None, path])
+    with pytest.raises(WeightsError, match=f"rank 4; expected {expected}.*lora_rank=4"):
+        load_pretrained(SAMSP("mobile_sam", 64, adapt=adapt, lora_rank=8), [None, path])
 
 
 @pytest.mark.data

@@ -15,7 +15,8 @@ from test_reproducible import assert_same_run
 
 from hspsam_monai.data import SeededDataset
 from hspsam_monai.errors import ConfigError, DataError, TrainingError
-from hspsam_monai.networks import HSPSAM, ConvPyramidSAM, ProxyPrompt
+from hspsam_monai.inference import ImageInferer
+from hspsam_monai.networks import HSPSAM, SAMSP, ConvPyramidSAM, ProxyPrompt
 from hspsam_monai.networks.stored import encoded_of
 from hspsam_monai.training import (
     EpisodeDataset,
@@ -25,6 +26,7 @@ from hspsam_monai.training import (
     episode_batch,
     feature_cache,
     stored_batch,
+    stored_batch_with_truth,
 )
 from hspsam_monai.transforms import RandCamerad
 
@@ -274,6 +276,23 @@ def test_the_batch_says_at_which_size_to_answer(network, cases, tmp_path):
     assert {level.dtype for level in encoded.features.levels} == {torch.float32}
 
 
+def test_corrections_are_trained_on_stored_features(tmp_path, cases):
+    """As SupervisedTrainer does it: the batch's keyword arguments go through the inferer to the network."""
+    torch.manual_seed(0)
+    network = SAMSP("mobile_sam", 32, adapt="frozen", corrections=2).train()
+    dataset = FeatureDataset(Dataset(cases), tmp_path, 1)
+    FillFeatures(network, [dataset])(None)
+    batch = {
+        "image": {name: value[None] for name, value in dataset[0]["image"].items()},
+        **{key: dataset[0][key][None] for key in ("label", "size")},
+    }
+    inputs, label, args, kwargs = stored_batch_with_truth(batch, "cpu")
+    assert torch.equal(label, cases[0]["label"][None]) and kwargs["truth"] is label
+    assert len(ImageInferer()(inputs, network, *args, **kwargs).corrected) == 2
+    with pytest.raises(ConfigError, match="stored_batch_with_truth"):
+        ImageInferer()(inputs, network)
+
+
 # -- the preset, through MONAI's workflow
 
 
@@ -341,7 +360,7 @@ def test_workers_do_not_matter_to_stored_features(train):
 def test_two_processes_share_the_work(bundle, phantoms, tmp_path):
     config = [str(bundle / "configs" / f"{n}.json") for n in ("train", f"network/{FROZEN}", "multi_gpu_train")]
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29617", "-m",
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "-m",
          "monai.bundle", "run", "--config_file", str(config), "--dataset_dir", str(phantoms), "--output_dir",
          str(tmp_path / "run"), "--pretrained", "", "--image_size", "64", "--batch_size", "1", "--epochs", "1",
          "--precision", "float32"],
