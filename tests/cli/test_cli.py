@@ -4,6 +4,7 @@ import csv
 import ctypes
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from typer.testing import CliRunner
 
 from hspsam_monai.cli.app import app
 from hspsam_monai.cli.console import explain
-from hspsam_monai.cli.models import find_model, read_overlay
+from hspsam_monai.cli.models import find_model, model_path, read_overlay, shipped_model, shipped_name
 from hspsam_monai.cli.options import check_overrides, overlay_names, parse_overrides
 from hspsam_monai.data import write_phantoms
 from hspsam_monai.errors import ConfigError, DataError, WeightsError
@@ -160,6 +161,25 @@ class TestModels:
     def test_missing(self, tmp_path: Path):
         with pytest.raises(WeightsError, match="--model"):
             find_model(tmp_path)
+        with pytest.raises(WeightsError, match="hsp_sam, sam_sp, proxy_prompt"):
+            find_model("sam-sp")
+
+    def test_shipped_models_have_names(self, run: Path, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+        for name, network in (("hsp_sam", "HSPSAM"), ("sam_sp", "SAMSP"), ("proxy_prompt", "ProxyPrompt")):
+            found = find_model(name)
+            assert found.path == shipped_model(name).resolve() and found.path.parent == (bundle / "models").resolve()
+            assert found.network["network_def"]["_target_"].endswith(f".{network}")
+            assert find_model(found.path) == found and shipped_name(found.network) == name
+        assert find_model(None) == find_model("shipped") == find_model("hsp_sam")
+        assert find_model("sam_sp").labels == find_model(None).labels
+        assert (find_model("sam_sp").network["scales"], len(find_model(None).network["scales"])) == ([1], 4)
+        for name in ("sam_sp", "hsp_sam", "proxy_prompt"):
+            shutil.copytree(run, tmp_path / name)
+        monkeypatch.chdir(tmp_path)
+        assert find_model("sam_sp").path == (tmp_path / "sam_sp" / "model.pt").resolve()
+        # Who names none means the shipped one, whatever lies in the folder at hand.
+        assert find_model(None).path == find_model("shipped").path == shipped_model().resolve()
+        assert model_path(None, supports=True) == shipped_model("proxy_prompt")
 
     @pytest.mark.parametrize(
         "change",
@@ -245,6 +265,26 @@ class TestTrain:
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
         result = hspsam("train", "--data", phantoms, "--output", tmp_path / "run", code=1)
         assert "hspsam weights fetch mobile_sam" in result.stderr and "--pretrained none" in result.stderr
+
+    def test_a_training_may_start_from_several(
+        self, phantoms: Path, run: Path, tmp_path: Path, handed: list[dict], monkeypatch: pytest.MonkeyPatch
+    ):
+        shutil.copytree(run, tmp_path / "hsp_sam")
+        words = ["train", "--data", phantoms, "--output", tmp_path / "run", "--no-check", "--network", "sam_sp"]
+        for starts, expected in (
+            (["none"], ""),
+            (["shipped"], str(shipped_model("sam_sp").resolve())),
+            (["none", "hsp_sam"], ["", str(shipped_model().resolve())]),
+            ([str(run / "model.pt"), "hsp_sam"], [str((run / "model.pt").resolve()), str(shipped_model().resolve())]),
+        ):
+            hspsam(*words, *(word for start in starts for word in ("--pretrained", start)))
+            assert handed[-1]["pretrained"] == expected
+            shutil.rmtree(tmp_path / "run")
+        monkeypatch.chdir(tmp_path)
+        for start, expected in (("hsp_sam", tmp_path / "hsp_sam" / "model.pt"), ("shipped", shipped_model("sam_sp"))):
+            hspsam(*words, "--pretrained", start)
+            assert handed[-1]["pretrained"] == str(expected.resolve())
+            shutil.rmtree(tmp_path / "run")
 
     def test_another_run_is_never_touched(self, phantoms: Path, run: Path):
         before = {path.name: path.stat().st_mtime_ns for path in run.iterdir()}
