@@ -258,7 +258,7 @@ class _Strip(NamedTuple):
 @lru_cache(maxsize=256)
 def _strips(length: int, window: int) -> tuple[_Strip, ...]:
     """Cut ``length`` tokens into full windows and, if it does not divide, one partial window."""
-    full, rest = length // window, length % window  # not divmod, which torch.compile does not take of symbolic sizes
+    full, rest = divmod(length, window)
     strips = [_Strip(0, full, window)] if full else []
     if rest:
         strips.append(_Strip(full * window, 1, rest))

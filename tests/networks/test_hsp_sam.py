@@ -371,7 +371,7 @@ def test_export_keeps_the_batch_free(encoder, decoder, source):
 def test_compile_gives_the_same_without_graph_breaks(decoder):
     network = build(decoder=decoder, prompt_source="image", prompts_per_level=2)
     image = torch.rand(1, 3, 64, 64)
-    compiled = torch.compile(network, fullgraph=True)
+    compiled = torch.compile(network, fullgraph=True, dynamic=False)
     assert relative(compiled(image), network(image)) <= 1e-4
 
 
@@ -381,7 +381,7 @@ def test_one_graph_forward_and_backward(encoder, decoder, source):
     """Every source and decoder is one graph, in training too; the code generator itself is tried above."""
     network = wake(build(encoder, decoder, prompt_source=source, prompts_per_level=2))
     image = torch.rand(1, 3, 64, 64)
-    compiled = torch.compile(network, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(network, fullgraph=True, dynamic=False, backend="aot_eager")
     found, expected = compiled(image), network(image)
     assert relative(found, expected) <= 1e-5
     watched = network.decoder.mask_tokens
