@@ -36,6 +36,7 @@ from common import (
     mirror_inferer,
     paired_bootstrap,
     publish,
+    spread,
     start_logging,
     weights_file,
 )
@@ -174,9 +175,8 @@ def main(argv: list[str] | None = None) -> None:
     weights = weights_file(args.weights)
     if not weights:
         raise ConfigError("MobileSAM needs its official weights; --weights none does not fit here.")
-    cases = whole = cases_of(args.data, args.split)
-    if args.limit:
-        cases = [cases[i] for i in np.unique(np.linspace(0, len(cases) - 1, args.limit).astype(int))]
+    whole = cases_of(args.data, args.split)
+    cases = spread(whole, args.limit)
     files = _network_files(args.model, args.network)
     network, image_size, num_classes = load_network(args.model, files)
     if num_classes != 2:

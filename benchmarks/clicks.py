@@ -26,6 +26,7 @@ from common import (
     markdown_table,
     paired_bootstrap,
     publish,
+    spread,
     start_logging,
     weights_file,
 )
@@ -64,9 +65,8 @@ def main(argv: list[str] | None = None) -> None:
     weights = weights_file(args.weights)
     if not weights:
         raise ConfigError("MobileSAM needs its official weights; --weights none does not fit here.")
-    cases = whole = cases_of(args.data, args.split)
-    if args.limit:
-        cases = [cases[i] for i in np.unique(np.linspace(0, len(cases) - 1, args.limit).astype(int))]
+    whole = cases_of(args.data, args.split)
+    cases = spread(whole, args.limit)
     if args.clicks < 1:
         raise ConfigError(f"--clicks is {args.clicks}; expected 1 or more.")
     names = [Path(name).name for name in args.models]

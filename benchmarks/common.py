@@ -465,6 +465,13 @@ def cases_of(root: Path, split: str) -> list[Mapping[str, Any]]:
     return find_cases(root, split)
 
 
+def spread(cases: Sequence[Mapping[str, Any]], limit: int | None) -> list[Mapping[str, Any]]:
+    """At most ``limit`` cases, evenly over the list; all without a limit."""
+    if not limit:
+        return list(cases)
+    return [cases[i] for i in np.unique(np.linspace(0, len(cases) - 1, limit).astype(int))]
+
+
 def publish(section: str, markdown: str, args: argparse.Namespace, *, partial: bool = False) -> None:
     """Print a section and write it into the results file.
 

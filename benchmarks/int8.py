@@ -17,7 +17,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from common import (
     PRECISION,
@@ -28,6 +27,7 @@ from common import (
     machine_line,
     markdown_table,
     publish,
+    spread,
     start_logging,
 )
 from torch import nn
@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> None:
     files = [beside if beside.is_file() else bundle_root() / "configs" / "inference.json"]
     network, size, classes = load_network(args.model, files)
     cases = cases_of(args.data, args.split)
-    chosen = [cases[i] for i in np.unique(np.linspace(0, len(cases) - 1, args.limit).astype(int))]
+    chosen = spread(cases, args.limit)
     rows = measure(network.cpu(), size, classes, chosen, args.rounds)
     publish(SECTION, report(rows, args), args, partial=len(chosen) < IMAGES)
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from common import cases_of, image_tensor, load_network, markdown_table
+from common import cases_of, image_tensor, load_network, markdown_table, spread
 from parts import Case, Part, Row, Settings, failed, footer, load, shipped, shipped_files
 from timing import verdict
 
@@ -98,7 +98,7 @@ def chosen(settings: Settings) -> list[Mapping[str, Any]]:
     found = cases_of(settings.data, settings.split)
     if settings.guard_images is None or settings.guard_images >= len(found):
         return list(found)
-    return [found[i] for i in np.unique(np.linspace(0, len(found) - 1, settings.guard_images).astype(int))]
+    return spread(found, settings.guard_images)
 
 
 def guard_cases(settings: Settings) -> list[Case]:
