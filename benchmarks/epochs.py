@@ -1,7 +1,8 @@
 """How long an epoch takes on stored features, against the preset that adapts the encoder by LoRA.
 
 Both are trainings of the bundle with their overlays (``hsp_sam_frozen``, ``hsp_sam_lora``) on the same images: reading,
-augmentation, network, loss, AdamW, averaging of weights; all but the validation. They take turns. What storing the
+augmentation, network, loss, AdamW, averaging of weights; all but the validation. Memory is handled as in
+``hspsam train`` (:func:`hspsam_monai.cli.keep_freed_memory`). They take turns. What storing the
 features takes, once, stands beside. What the presets reach is ``stored_features.py``; steps alone are ``speed.py``.
 """
 
@@ -22,6 +23,7 @@ from stored_features import PRESETS
 from studies import common_overrides, config_files, merged_config, train, training_arguments
 from timing import verdict
 
+from hspsam_monai.cli import keep_freed_memory
 from hspsam_monai.errors import ConfigError
 
 SECTION = "epochs"
@@ -68,6 +70,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--images", type=int, default=256, help="so many of the training split")
     args = parser.parse_args(argv)
     start_logging()
+    kept = keep_freed_memory()
     count = min(args.images, len(cases_of(args.data, "train")))
     if count < 1 or args.rounds < 1 or args.epochs < 1:
         raise ConfigError("images, rounds and epochs must be 1 or more.")
@@ -84,7 +87,7 @@ def main(argv: list[str] | None = None) -> None:
             clocks[preset].append(clock)
             views = views if preset == LORA else merged_config(overlay, config).get("feature_views")
     _remove(args.output / "features")
-    publish(SECTION, _report(clocks, count, views, args), args)
+    publish(SECTION, _report(clocks, count, views, kept, args), args)
 
 
 def _remove(folder: Path) -> None:
@@ -109,7 +112,7 @@ def _overrides(args: Any, preset: str, count: int, output: Path) -> dict[str, An
     return found
 
 
-def _report(clocks: Mapping[str, list[EpochClock]], count: int, views: int, args: Any) -> str:
+def _report(clocks: Mapping[str, list[EpochClock]], count: int, views: int, kept: bool, args: Any) -> str:
     times = {preset: [seconds for clock in each for seconds in clock.epochs] for preset, each in clocks.items()}
     lora = statistics.median(times[LORA])
     rows = []
@@ -130,6 +133,7 @@ def _report(clocks: Mapping[str, list[EpochClock]], count: int, views: int, args
         f"{args.rounds} rounds of {args.epochs} epochs"
         f"{f', {args.image_size} px' if args.image_size else ''}{f', {settings}' if settings else ''}. Storing the "
         f"features of {views} views of each image took {filling:.0f} s once, which {pays}. "
+        f"Freed memory is {'kept, as in hspsam train' if kept else 'given back'}. "
         f"Load when finished {machine()['load'] or 0:.1f}."
     )
     return f"{markdown_table(head, rows)}\n{text}\n\n{machine_line()}"

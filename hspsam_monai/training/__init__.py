@@ -1,5 +1,6 @@
-"""What MONAI's trainer lacks: the papers' loss and schedule, exact resume, finite guard, progress with ETA."""
+"""What MONAI's trainer lacks: the papers' loss and schedule, exact resume, finite guard, average of what is trained."""
 
+from hspsam_monai.training.averaging import MovingAverage
 from hspsam_monai.training.checkpoints import Checkpointer
 from hspsam_monai.training.distillation import SelfDistillation
 from hspsam_monai.training.episodes import (
@@ -39,6 +40,7 @@ __all__ = [
     "FeatureDataset",
     "FillFeatures",
     "FiniteGuard",
+    "MovingAverage",
     "Progress",
     "SelfDistillation",
     "SetContext",

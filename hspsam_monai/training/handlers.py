@@ -50,7 +50,7 @@ class Attach:
     MONAI's property check reads every handler as a dictionary, so a bare ``@reference`` cannot stand there.
 
     Args:
-        handler: anything with ``attach(engine)``, such as ignite's ``EMAHandler``.
+        handler: anything with ``attach(engine)``, such as a :class:`~hspsam_monai.training.MovingAverage`.
     """
 
     def __init__(self, handler: Any) -> None:

@@ -1,0 +1,45 @@
+"""Moving average of the weights that are trained."""
+
+from __future__ import annotations
+
+from ignite.engine import Engine
+from ignite.handlers import EMAHandler
+from torch import nn
+
+
+class MovingAverage(EMAHandler):
+    """ignite's ``EMAHandler`` that leaves frozen weights as they are, to the last bit.
+
+    Averaged with themselves they would be rounded in every iteration and wander off: features stored before the
+    training, contexts and hashes then belong to another encoder than the one that is shipped. It saves their time, too.
+    What is trained is averaged by ignite's own operations, and buffers are the trained network's.
+
+    Args:
+        model: the network that is trained (a DistributedDataParallel wrapper is looked through).
+        momentum: weight in (0, 1) of the new weights in each iteration.
+        momentum_warmup: the weight of the first iteration.
+        warmup_iters: iterations from there to ``momentum``.
+
+    Attributes:
+        ema_model: the averaged network.
+
+    Raises:
+        ValueError: ``momentum`` is out of range.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        momentum: float = 0.0002,
+        momentum_warmup: float | None = None,
+        warmup_iters: int | None = None,
+    ) -> None:
+        super().__init__(model, momentum, momentum_warmup, warmup_iters, handle_buffers="copy")
+
+    def _update_ema_model(self, engine: Engine, name: str) -> None:
+        momentum = getattr(engine.state, name)
+        for mean, new in zip(self.ema_model.parameters(), self.model.parameters(), strict=True):
+            if new.requires_grad:
+                mean.mul_(1.0 - momentum).add_(new.detach(), alpha=momentum)
+        for mean, new in zip(self.ema_model.buffers(), self.model.buffers(), strict=True):
+            mean.data = new.data
