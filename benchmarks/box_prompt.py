@@ -48,7 +48,7 @@ from torch.nn import functional as F
 
 from hspsam_monai.bundle_path import bundle_root
 from hspsam_monai.data import read_image, read_mask
-from hspsam_monai.encoders.weights import verify
+from hspsam_monai.encoders.catalogue import verify
 from hspsam_monai.errors import ConfigError
 from hspsam_monai.files import atomic_write
 from hspsam_monai.inference import ImageInferer

@@ -20,7 +20,7 @@ from torch import nn
 
 from hspsam_monai.bundle_path import bundle_root
 from hspsam_monai.data import find_cases, read_image, read_mask
-from hspsam_monai.encoders.weights import CATALOGUE, locate
+from hspsam_monai.encoders.catalogue import CATALOGUE, locate
 from hspsam_monai.errors import ConfigError, DataError
 from hspsam_monai.files import atomic_write
 from hspsam_monai.inference import ImageInferer

@@ -17,7 +17,7 @@ import speed
 from common import RESULTS, logger, shared_folder
 
 from hspsam_monai.bundle_path import bundle_root
-from hspsam_monai.encoders.weights import CATALOGUE, locate
+from hspsam_monai.encoders.catalogue import CATALOGUE, locate
 from hspsam_monai.errors import HspsamError
 
 

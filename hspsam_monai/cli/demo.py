@@ -109,7 +109,7 @@ def _phantoms(output: Path, count: int, seed: int) -> tuple[Path, Path, str]:
 
 def _start() -> str:
     """Where the training starts: the shipped model, else SAM's weights, else random values."""
-    from hspsam_monai.encoders.weights import locate
+    from hspsam_monai.encoders.catalogue import locate
 
     if shipped_model().is_file():
         return "shipped"

@@ -190,7 +190,7 @@ def _bundle() -> Iterator[Line]:
 
 
 def _weights() -> Iterator[Line]:
-    from hspsam_monai.encoders.weights import CATALOGUE, locate, verify
+    from hspsam_monai.encoders.catalogue import CATALOGUE, locate, verify
     from hspsam_monai.errors import WeightsError
 
     found = 0

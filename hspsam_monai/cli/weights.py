@@ -17,7 +17,7 @@ app = typer.Typer(no_args_is_help=True, help="Pretrained weights: list, fetch, v
 @app.command("list")
 def list_weights() -> None:
     """List the known weight files, their licences and where they were found."""
-    from hspsam_monai.encoders.weights import CATALOGUE, FOLDER_VARIABLE, search_folders
+    from hspsam_monai.encoders.catalogue import CATALOGUE, FOLDER_VARIABLE, search_folders
 
     table = Table("name")
     for column in ("file", "licence", "found"):
@@ -35,8 +35,8 @@ def fetch(
     sha256: Annotated[str | None, typer.Option(help="Hash to demand, for files whose hash is not known.")] = None,
 ) -> None:
     """Download an official file; it is kept only if its hash is right."""
-    from hspsam_monai.encoders.weights import CATALOGUE
-    from hspsam_monai.encoders.weights import fetch as download
+    from hspsam_monai.encoders.catalogue import CATALOGUE
+    from hspsam_monai.encoders.catalogue import fetch as download
 
     if name in CATALOGUE:
         tell(f"{CATALOGUE[name].url} ({CATALOGUE[name].licence})")
@@ -50,8 +50,8 @@ def verify(
     name: Annotated[str | None, typer.Argument(help="Name or file; without, all that are found.")] = None,
 ) -> None:
     """Compare files with their official hashes; exit code 1 if one differs."""
-    from hspsam_monai.encoders.weights import CATALOGUE
-    from hspsam_monai.encoders.weights import verify as check
+    from hspsam_monai.encoders.catalogue import CATALOGUE
+    from hspsam_monai.encoders.catalogue import verify as check
 
     names = [name] if name else [known for known in CATALOGUE if _found(known)]
     if not names:
@@ -73,7 +73,7 @@ def verify(
 
 
 def _found(name: str) -> Path | None:
-    from hspsam_monai.encoders.weights import locate
+    from hspsam_monai.encoders.catalogue import locate
 
     try:
         return locate(name)

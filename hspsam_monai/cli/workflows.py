@@ -233,7 +233,7 @@ def store_context(
     import torch
     from monai.bundle import ConfigParser
 
-    from hspsam_monai.encoders.weights import write_state
+    from hspsam_monai.encoders.state_files import write_state
     from hspsam_monai.inference import give_context
     from hspsam_monai.networks import load_checkpoint
 
@@ -363,7 +363,7 @@ def _pretrained(source: str | None, resume: bool, kind: str) -> str:
         return str(find_model(shipped_model(kind)).path)
     if source in SHIPPED and (Path(source).is_dir() or not Path(source).exists()):
         return str(find_model(source).path)
-    from hspsam_monai.encoders.weights import CATALOGUE, locate
+    from hspsam_monai.encoders.catalogue import CATALOGUE, locate
 
     try:
         path = locate(source)

@@ -8,15 +8,9 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from hspsam_monai.encoders.weights import (
-    OWN_PREFIX,
-    KeyReport,
-    load_encoder,
-    load_encoder_of,
-    load_network,
-    locate_verified,
-    read_state,
-)
+from hspsam_monai.encoders.catalogue import locate_verified
+from hspsam_monai.encoders.state_files import read_state
+from hspsam_monai.encoders.weights import OWN_PREFIX, KeyReport, load_encoder, load_encoder_of, load_network
 from hspsam_monai.errors import WeightsError
 
 logger = logging.getLogger(__name__)

@@ -27,7 +27,7 @@ from torch.utils.hooks import RemovableHandle
 
 from hspsam_monai.encoders import Encoded, build_encoder
 from hspsam_monai.encoders.constants import is_fake, probe
-from hspsam_monai.encoders.weights import read_state, write_state
+from hspsam_monai.encoders.state_files import read_state, write_state
 from hspsam_monai.errors import ConfigError, DataError, WeightsError
 from hspsam_monai.networks.arguments import check_arguments
 from hspsam_monai.networks.contextual_colorization import ContextualColorizationModule

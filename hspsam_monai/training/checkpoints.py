@@ -13,7 +13,7 @@ from ignite.engine import Engine, Events
 from ignite.handlers.state_param_scheduler import StateParamScheduler
 from torch import nn
 
-from hspsam_monai.encoders.weights import write_state
+from hspsam_monai.encoders.state_files import write_state
 from hspsam_monai.errors import ConfigError, TrainingError, WeightsError
 from hspsam_monai.files import atomic_write
 

@@ -257,7 +257,7 @@ def test_an_ablation_is_trained_scored_reported_and_not_repeated(phantoms, tmp_p
 def test_an_interrupted_run_ends_as_if_it_had_not_been(phantoms, tmp_path, monkeypatch):
     import studies
 
-    from hspsam_monai.encoders.weights import read_state
+    from hspsam_monai.encoders.state_files import read_state
     from hspsam_monai.training import Checkpointer
 
     overrides = {"dataset_dir": str(phantoms / "kvasir"), "pretrained": "", "seed": 3, "epochs": 2}

@@ -129,7 +129,7 @@ def test_a_networks_recipe_starts(bundle, network, phantoms, tmp_path):
 
 
 def test_one_proxy_prompt_is_trained_on_many_tasks(bundle, tmp_path):
-    from hspsam_monai.encoders.weights import read_state
+    from hspsam_monai.encoders.state_files import read_state
 
     for seed, task in enumerate(("polyp", "blob")):
         write_phantoms(tmp_path / "data" / task, 6, seed=seed, size=(64, 64), empty_fraction=0, val_fraction=0.34)
@@ -252,7 +252,7 @@ def test_doubtful_components_are_dropped_by_evaluate_and_inference(bundle, phant
 
 
 def test_supports_prompt_through_the_bundle(bundle, tmp_path):
-    from hspsam_monai.encoders.weights import write_state
+    from hspsam_monai.encoders.state_files import write_state
 
     supports = write_phantoms(tmp_path / "few", 2, seed=1, size=(80, 64), empty_fraction=0)
     override = {"support_dir": str(supports), "dataset_dir": str(supports / "images"), "image_size": 64}

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from hspsam_monai.cli.app import app
 from hspsam_monai.cli.models import find_model
 from hspsam_monai.data import read_mask, write_phantoms
-from hspsam_monai.encoders.weights import read_state, write_state
+from hspsam_monai.encoders.state_files import read_state, write_state
 from hspsam_monai.networks import HSPSAM, ProxyPrompt
 
 SMALL = {"value_width": 16, "mamba_depth": 1, "mamba_state": 2, "ffn_width": 32}

@@ -7,7 +7,8 @@ from torch import nn
 from hspsam_monai.encoders import sam_vit
 from hspsam_monai.encoders.lora import LoRALinear, apply_lora, merge_lora
 from hspsam_monai.encoders.sam_vit import SamViT, Variant
-from hspsam_monai.encoders.weights import load_network, write_state
+from hspsam_monai.encoders.state_files import write_state
+from hspsam_monai.encoders.weights import load_network
 from hspsam_monai.errors import ConfigError, WeightsError
 
 

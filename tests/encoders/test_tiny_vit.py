@@ -7,7 +7,8 @@ from torch.nn import functional as F
 
 from hspsam_monai.data import phantom
 from hspsam_monai.encoders import TinyViT, build_encoder, tiny_vit
-from hspsam_monai.encoders.weights import load_encoder, read_state
+from hspsam_monai.encoders.state_files import read_state
+from hspsam_monai.encoders.weights import load_encoder
 from hspsam_monai.errors import ConfigError
 from tests.encoders.tiny_vit_reference import DIMS, make, naive, normalised, published, relative
 

@@ -6,7 +6,7 @@ from torch import nn
 
 from hspsam_monai.encoders import ENCODERS
 from hspsam_monai.encoders.lora import merge_lora
-from hspsam_monai.encoders.weights import read_state, write_state
+from hspsam_monai.encoders.state_files import read_state, write_state
 from hspsam_monai.errors import ConfigError, WeightsError
 from hspsam_monai.networks import HSPSAM, SAMSP, ConvPyramidSAM, load_pretrained
 from hspsam_monai.networks.pretrained import load_checkpoint

@@ -8,7 +8,7 @@ import pytest
 import torch
 from monai.bundle import ConfigParser
 
-from hspsam_monai.encoders.weights import write_state
+from hspsam_monai.encoders.state_files import write_state
 from hspsam_monai.errors import ConfigError, DataError, WeightsError
 from hspsam_monai.networks import SAMSP, ProxyPrompt, load_checkpoint, load_pretrained
 from hspsam_monai.networks.contextual_selection import unit_cells

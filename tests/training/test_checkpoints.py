@@ -7,7 +7,7 @@ import torch
 from ignite.engine import Engine, Events
 from torch import nn
 
-from hspsam_monai.encoders.weights import read_state
+from hspsam_monai.encoders.state_files import read_state
 from hspsam_monai.errors import ConfigError, TrainingError, WeightsError
 from hspsam_monai.networks.pretrained import load_checkpoint
 from hspsam_monai.training import Checkpointer, TensorBoard, of_this_process, warmup_poly
