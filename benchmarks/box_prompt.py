@@ -16,32 +16,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import common
 import numpy as np
+import scoring
 import torch
-from common import (
-    MISSED,
-    PRECISION,
-    argument_parser,
-    cases_of,
-    data_digest,
-    device,
-    fingerprint,
-    image_tensor,
-    load_network,
-    logger,
-    machine,
-    machine_line,
-    markdown_table,
-    mirror_inferer,
-    paired_bootstrap,
-    publish,
-    spread,
-    start_logging,
-    weights_file,
-)
+from common import argument_parser, cases_of, data_digest, fingerprint, logger, spread, start_logging, weights_file
 from PIL import Image, ImageDraw
+from results import machine, machine_line, markdown_table, publish
 from scipy import ndimage
+from scoring import MISSED, PRECISION, device, image_tensor, load_network, mirror_inferer, paired_bootstrap
 from studies import code_digest
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -201,7 +183,7 @@ def _kept(output: Path, model: str, weights: Path, cases: Sequence[dict[str, Any
         cases: of the whole split, so that a part of it is found again.
         least: see ``--least``.
     """
-    made_of = fingerprint([code_digest([__file__, common.__file__]), data_digest(cases), weights])
+    made_of = fingerprint([code_digest([__file__, scoring.__file__]), data_digest(cases), weights])
     return output / f"{model}-{made_of}-{least}-{device().type}-{torch.get_num_threads()}"
 
 

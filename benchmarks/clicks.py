@@ -15,22 +15,10 @@ from typing import Any
 import numpy as np
 import torch
 from box_prompt import SAM_SIZE, BoxedMobileSAM
-from common import (
-    PRECISION,
-    argument_parser,
-    cases_of,
-    image_tensor,
-    load_model,
-    logger,
-    machine_line,
-    markdown_table,
-    paired_bootstrap,
-    publish,
-    spread,
-    start_logging,
-    weights_file,
-)
+from common import argument_parser, cases_of, logger, spread, start_logging, weights_file
+from results import machine_line, markdown_table, publish
 from scipy import ndimage
+from scoring import PRECISION, image_tensor, load_model, paired_bootstrap
 from torch import Tensor, nn
 from torch.nn import functional as F
 

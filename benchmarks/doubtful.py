@@ -11,18 +11,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import (
-    MISSED,
-    argument_parser,
-    image_tensor,
-    machine_line,
-    markdown_table,
-    measure_argument,
-    measured,
-    mirror_inferer,
-    publish,
-    start_logging,
-)
+from common import argument_parser, start_logging
+from results import machine_line, markdown_table, publish
+from scoring import MISSED, image_tensor, measure_argument, measured, mirror_inferer
 
 from hspsam_monai.data import read_mask
 from hspsam_monai.inference import ImageInferer

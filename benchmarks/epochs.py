@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import argument_parser, cases_of, machine, machine_line, markdown_table, publish, start_logging
+from common import argument_parser, cases_of, start_logging
 from ignite.engine import Engine, Events
+from results import machine, machine_line, markdown_table, publish
 from speed_training import CACHE_AIM
 from stored_features import PRESETS
 from studies import common_overrides, config_files, merged_config, train, training_arguments

@@ -14,18 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import (
-    MISSED,
-    argument_parser,
-    cases_of,
-    machine_line,
-    markdown_table,
-    mean_over_seeds,
-    paired_bootstrap,
-    publish,
-    shared_folder,
-    start_logging,
-)
+from common import argument_parser, cases_of, shared_folder, start_logging
+from results import machine_line, markdown_table, publish
+from scoring import MISSED, mean_over_seeds, paired_bootstrap
 from slices import write_slices
 from studies import Run, Study, common_overrides, training_arguments
 

@@ -72,7 +72,7 @@ def memory(
         ``bytes``: on a GPU everything allocated, weights included; on a CPU resident memory above that after
         building. ``None`` where the system does not tell, and where the implementation is absent; then with ``note``.
     """
-    from common import device
+    from scoring import device
 
     exact_float32()
     if kind == "encoder":
@@ -96,8 +96,8 @@ def memory(
 def _encoder(name: str, implementation: str, size: int, batch: int, precision: str) -> Callable[[], Any] | str:
     """Build one implementation; what a pass of it does, or why it is absent."""
     import torch
-    from common import device
     from peers import build, random_encoder
+    from scoring import device
 
     encoder = random_encoder(name, size)
     contenders, absent = build(encoder, device(), only=implementation)

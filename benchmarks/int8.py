@@ -18,18 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import (
-    PRECISION,
-    argument_parser,
-    cases_of,
-    image_tensor,
-    load_network,
-    machine_line,
-    markdown_table,
-    publish,
-    spread,
-    start_logging,
-)
+from common import argument_parser, cases_of, spread, start_logging
+from results import machine_line, markdown_table, publish
+from scoring import PRECISION, image_tensor, load_network
 from torch import nn
 
 from hspsam_monai.bundle_path import bundle_root

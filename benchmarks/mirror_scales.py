@@ -7,19 +7,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import (
-    MISSED,
-    PRECISION,
-    argument_parser,
-    image_tensor,
-    machine_line,
-    markdown_table,
-    measure_argument,
-    measured,
-    paired_bootstrap,
-    publish,
-    start_logging,
-)
+from common import argument_parser, start_logging
+from results import machine_line, markdown_table, publish
+from scoring import MISSED, PRECISION, image_tensor, measure_argument, measured, paired_bootstrap
 from torch import nn
 
 from hspsam_monai.data import read_mask

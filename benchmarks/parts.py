@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from common import device, machine_line
+from results import machine_line
+from scoring import device
 from timing import failed, load
 
 from hspsam_monai.bundle_path import bundle_root
@@ -136,7 +137,7 @@ def footer(rows: Sequence[Mapping[str, Any]], text: str, packages: Sequence[str]
     Args:
         rows: of the table; their ``load`` is averaged.
         text: how it was measured.
-        packages: distributions besides those of :func:`common.machine` whose versions matter.
+        packages: distributions besides those of :func:`results.machine` whose versions matter.
     """
     loads = [row["load"] for row in rows if row.get("load") is not None]
     meanwhile = f" Load while measuring: median {statistics.median(loads):.1f}." if loads else ""

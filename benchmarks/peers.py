@@ -190,7 +190,7 @@ def reference(contenders: Sequence[Contender], absent: dict[str, str]) -> Conten
 
 
 def packages(device: torch.device) -> list[str]:
-    """Distributions of the peers whose versions stand beneath a table besides those of :func:`common.machine`."""
+    """Distributions of the peers whose versions stand beneath a table besides those of :func:`results.machine`."""
     # PyPI's distribution of that name brings another module.
     fast = device.type == "cuda" and find_spec(FAST) is not None
     return ["transformers", *["segment-anything-fast"] * fast]

@@ -12,21 +12,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from common import (
-    PRECISION,
-    argument_parser,
-    by_source,
-    cases_of,
-    device,
-    load_run,
-    logger,
-    machine_line,
-    markdown_table,
-    mean_over_seeds,
-    paired_bootstrap,
-    publish,
-    start_logging,
-)
+from common import argument_parser, by_source, cases_of, logger, start_logging
+from results import machine_line, markdown_table, publish
+from scoring import PRECISION, device, load_run, mean_over_seeds, paired_bootstrap
 from studies import Run, Study, common_overrides, merged_config, training_arguments
 
 from hspsam_monai.inference import ImageInferer

@@ -11,7 +11,9 @@ from functools import partial
 from itertools import product
 
 import torch
-from common import argument_parser, device, machine_line, markdown_table, publish, start_logging
+from common import argument_parser, start_logging
+from results import machine_line, markdown_table, publish
+from scoring import device
 from speed_network import overhead_ratio
 from timing import Timing, interleave, milliseconds, verdict
 

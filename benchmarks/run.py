@@ -14,7 +14,8 @@ from types import ModuleType
 
 import box_prompt
 import speed
-from common import RESULTS, logger, shared_folder
+from common import logger, shared_folder
+from results import RESULTS
 
 from hspsam_monai.bundle_path import bundle_root
 from hspsam_monai.encoders.catalogue import CATALOGUE, locate

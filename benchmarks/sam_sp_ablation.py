@@ -10,17 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import numpy as np
-from common import (
-    argument_parser,
-    by_source,
-    cases_of,
-    machine_line,
-    markdown_table,
-    mean_over_seeds,
-    paired_bootstrap,
-    publish,
-    start_logging,
-)
+from common import argument_parser, by_source, cases_of, start_logging
+from results import machine_line, markdown_table, publish
+from scoring import mean_over_seeds, paired_bootstrap
 from studies import Run, Study, common_overrides, training_arguments
 
 from hspsam_monai.networks.self_prompts import KINDS

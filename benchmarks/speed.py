@@ -18,18 +18,11 @@ import speed_memory
 import speed_network
 import speed_training
 import torch
-from common import (
-    argument_parser,
-    check_section,
-    device,
-    is_published,
-    logger,
-    machine_line,
-    publish,
-    start_logging,
-)
+from common import argument_parser, logger, start_logging
 from fresh import exact_float32
 from parts import Case, Part, Row, Settings, failed, shipped
+from results import check_section, is_published, machine_line, publish
+from scoring import device
 from timing import Progress
 
 from hspsam_monai.errors import ConfigError

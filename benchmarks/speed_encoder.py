@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import logger, markdown_table
+from common import logger
 from parts import Case, Part, Row, Settings, encoder_flops, failed, footer, load
 from peers import COSINE, OURS, TOLERANCE, Contender, build, packages, random_encoder, reference, refusal, variant_of
+from results import markdown_table
 from timing import TIMING_HEAD, Timing, interleave, race, verdict
 from torch import Tensor
 from work import roofline, tiny_flops, tiny_products, vit_flops, vit_products

@@ -8,8 +8,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from common import cases_of, image_tensor, load_network, markdown_table, spread
+from common import cases_of, spread
 from parts import Case, Part, Row, Settings, failed, footer, load, shipped, shipped_files
+from results import markdown_table
+from scoring import image_tensor, load_network
 from timing import verdict
 
 from hspsam_monai.data import read_mask

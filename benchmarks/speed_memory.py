@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from common import markdown_table
 from fresh import ask
 from parts import Case, Part, Row, Settings, failed, footer, load
 from peers import FAST, OURS, packages
+from results import markdown_table
 from speed_training import TRAINED
 from timing import verdict
 

@@ -14,10 +14,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import load_network, markdown_table, mirror_inferer
 from fresh import ask
 from parts import Case, Part, Row, Settings, encoder_flops, failed, footer, load, shipped, shipped_files
 from PIL import Image
+from results import markdown_table
+from scoring import load_network, mirror_inferer
 from timing import Timing, interleave, milliseconds, verdict
 from torch import Tensor, nn
 

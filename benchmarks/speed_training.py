@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from common import logger, markdown_table
+from common import logger
 from parts import Case, Part, Row, Settings, encoder_flops, failed, footer, load
+from results import markdown_table
 from timing import TIMING_HEAD, Timing, interleave, race, verdict
 from torch import Tensor, nn
 

@@ -7,19 +7,9 @@ has spoken once. How much faster the steps are is ``speed.py --parts training``.
 
 from __future__ import annotations
 
-from common import (
-    MISSED,
-    argument_parser,
-    by_source,
-    cases_of,
-    dice_columns,
-    machine_line,
-    markdown_table,
-    mean_over_seeds,
-    paired_bootstrap,
-    publish,
-    start_logging,
-)
+from common import argument_parser, by_source, cases_of, start_logging
+from results import machine_line, markdown_table, publish
+from scoring import MISSED, dice_columns, mean_over_seeds, paired_bootstrap
 from studies import Run, Study, budget, common_overrides, iterations_argument, training_arguments
 
 SECTION = "stored-features"

@@ -17,9 +17,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from common import fingerprint, known_dice, load_run, read_dice, score_cases, weights_file
+from common import fingerprint, weights_file
 from ignite.engine import Engine
 from monai.bundle import ConfigParser, ConfigWorkflow
+from scoring import known_dice, load_run, read_dice, score_cases
 from torch import nn
 
 from hspsam_monai.bundle_path import bundle_root

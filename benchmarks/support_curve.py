@@ -14,26 +14,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import common
 import numpy as np
+import scoring
 import torch
-from common import (
-    MISSED,
-    argument_parser,
-    cases_of,
-    data_digest,
-    device,
-    image_tensor,
-    known_dice,
-    load_network,
-    machine_line,
-    markdown_table,
-    paired_bootstrap,
-    publish,
-    score_cases,
-    shared_folder,
-    start_logging,
-)
+from common import argument_parser, cases_of, data_digest, shared_folder, start_logging
+from results import machine_line, markdown_table, publish
+from scoring import MISSED, device, image_tensor, known_dice, load_network, paired_bootstrap, score_cases
 from studies import code_digest
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -65,7 +51,7 @@ def main(argv: list[str] | None = None) -> None:
 
     network, size, files = _network(args.model)
     # Scores belong to one model, one state of the code and one state of the data.
-    kept = args.output / code_digest([*files, __file__, common.__file__])
+    kept = args.output / code_digest([*files, __file__, scoring.__file__])
     tables = []
     for name in args.unseen:
         train, val = (cases_of(args.data / name, split) for split in ("train", "val"))

@@ -9,20 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from common import (
-    MISSED,
-    argument_parser,
-    by_source,
-    cases_of,
-    dice_columns,
-    machine_line,
-    markdown_table,
-    mean_over_seeds,
-    paired_bootstrap,
-    publish,
-    shared_folder,
-    start_logging,
-)
+from common import argument_parser, by_source, cases_of, shared_folder, start_logging
+from results import machine_line, markdown_table, publish
+from scoring import MISSED, dice_columns, mean_over_seeds, paired_bootstrap
 from studies import Run, Study, budget, common_overrides, iterations_argument, training_arguments
 
 SECTION = "systems"

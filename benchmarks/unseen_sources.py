@@ -9,17 +9,9 @@ on; the other source is only ever tested on.
 from __future__ import annotations
 
 import numpy as np
-from common import (
-    MISSED,
-    argument_parser,
-    cases_of,
-    machine_line,
-    markdown_table,
-    mean_over_seeds,
-    paired_bootstrap,
-    publish,
-    start_logging,
-)
+from common import argument_parser, cases_of, start_logging
+from results import machine_line, markdown_table, publish
+from scoring import MISSED, mean_over_seeds, paired_bootstrap
 from studies import Run, Study, budget, common_overrides, iterations_argument, merged_config, training_arguments
 
 from hspsam_monai.errors import ConfigError

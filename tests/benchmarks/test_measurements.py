@@ -130,7 +130,7 @@ def test_true_boxes_are_first_and_last_pixel_and_specks_have_none():
 
 
 def test_the_curves_references_need_no_training(phantoms):
-    from common import image_tensor
+    from scoring import image_tensor
     from support_curve import METHODS, _candidates, _report
 
     from hspsam_monai.networks import ProxyPrompt
@@ -158,7 +158,7 @@ def test_the_curves_references_need_no_training(phantoms):
 
 def test_the_curves_tables_belong_to_one_model_and_its_cases(phantoms, tmp_path, monkeypatch, capsys):
     import support_curve
-    from common import score_cases
+    from scoring import score_cases
 
     scored = []
 
@@ -230,7 +230,7 @@ def test_proxy_speed_sets_every_context_and_its_recurrence_is_the_scans(capsys):
 @pytest.mark.data
 def test_mobile_sam_finds_a_polyp_in_its_true_box(shared):
     from box_prompt import BoxedMobileSAM, true_boxes
-    from common import image_tensor
+    from scoring import image_tensor
 
     from hspsam_monai.data import read_mask
     from hspsam_monai.scores import score_masks

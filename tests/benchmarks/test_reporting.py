@@ -11,7 +11,7 @@ from hspsam_monai.errors import ConfigError, DataError
 
 
 def test_a_table_says_what_is_not_measured():
-    from common import markdown_table
+    from results import markdown_table
 
     text = markdown_table(["a", "b"], [[0.123456, None], ["x|y", 3]])
     assert text.splitlines() == [
@@ -25,7 +25,7 @@ def test_a_table_says_what_is_not_measured():
 
 
 def test_one_section_is_replaced_and_the_rest_stays(tmp_path):
-    from common import update_results
+    from results import update_results
 
     file = tmp_path / "RESULTS.md"
     before = (
@@ -44,7 +44,7 @@ def test_one_section_is_replaced_and_the_rest_stays(tmp_path):
     [("three", "x", "must hold"), ("one", "<!-- end: one -->", "may not hold")],
 )
 def test_a_section_that_is_not_there_is_refused(tmp_path, name, content, message):
-    from common import update_results
+    from results import update_results
 
     file = tmp_path / "RESULTS.md"
     file.write_text("<!-- section: one -->\nold\n<!-- end: one -->\n")
@@ -115,7 +115,7 @@ def test_every_script_has_its_section(repo):
 def test_the_machine_is_described_without_its_name():
     import socket
 
-    from common import machine, machine_line
+    from results import machine, machine_line
 
     found = machine()
     assert found["cores"] >= 1
@@ -125,24 +125,24 @@ def test_the_machine_is_described_without_its_name():
 
 
 def test_the_machine_says_where_tf32_is_allowed_on_a_gpu(monkeypatch):
-    import common
+    import results
 
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
-    assert common.machine()["tf32"] == {"matrix products": False, "convolutions": True}
-    found = {**common.machine(), "device": "A GPU"}
-    monkeypatch.setattr(common, "machine", lambda: found)
-    assert "A GPU (TF32: matrix products off, convolutions on);" in common.machine_line()
+    assert results.machine()["tf32"] == {"matrix products": False, "convolutions": True}
+    found = {**results.machine(), "device": "A GPU"}
+    monkeypatch.setattr(results, "machine", lambda: found)
+    assert "A GPU (TF32: matrix products off, convolutions on);" in results.machine_line()
 
 
 def test_a_constant_difference_has_no_width():
-    from common import paired_bootstrap
+    from scoring import paired_bootstrap
 
     interval = paired_bootstrap([0.5, 0.7, 0.9], [0.4, 0.6, 0.8], resamples=200)
     assert interval == pytest.approx((0.1, 0.1, 0.1))
 
 
 def test_the_interval_equals_the_normal_one_on_many_cases():
-    from common import paired_bootstrap
+    from scoring import paired_bootstrap
 
     random = np.random.default_rng(0)
     base = random.random(2000)
@@ -156,7 +156,7 @@ def test_the_interval_equals_the_normal_one_on_many_cases():
 
 
 def test_blocks_widen_the_interval_of_alike_neighbours():
-    from common import paired_bootstrap
+    from scoring import paired_bootstrap
 
     runs = np.repeat(np.random.default_rng(1).normal(size=40), 20)  # 40 sequences of 20 equal frames
     one = paired_bootstrap(runs, resamples=2000)
@@ -168,14 +168,14 @@ def test_blocks_widen_the_interval_of_alike_neighbours():
 
 @pytest.mark.parametrize("a, b", [([], []), ([1.0], [1.0, 2.0]), ([np.nan], [0.0])])
 def test_unpaired_values_are_refused(a, b):
-    from common import paired_bootstrap
+    from scoring import paired_bootstrap
 
     with pytest.raises(DataError):
         paired_bootstrap(a, b)
 
 
 def test_seeds_are_averaged_case_by_case():
-    from common import mean_over_seeds
+    from scoring import mean_over_seeds
 
     assert mean_over_seeds([{"a": 0.2, "b": 1.0}, {"b": 0.0, "a": 0.4}]) == pytest.approx([0.3, 0.5])
     with pytest.raises(DataError, match="same cases"):

@@ -264,7 +264,7 @@ def test_what_is_named_and_absent_is_refused(tmp_path, monkeypatch):
 
 def test_settings_follow_the_device_and_a_part_of_the_sizes_is_not_published(monkeypatch):
     import speed
-    from common import RESULTS
+    from results import RESULTS
 
     def parsed(*words):
         found = {}
@@ -341,7 +341,7 @@ def test_float32_is_not_tf32_here_and_in_fresh_processes(monkeypatch):
 @pytest.mark.slow
 def test_a_smoke_run_fills_every_section_of_another_file(tmp_path, small, monkeypatch, capsys):
     import speed
-    from common import RESULTS
+    from results import RESULTS
 
     before = RESULTS.read_bytes()
     file = _results(tmp_path, *[part.section for part in speed.PARTS.values()])

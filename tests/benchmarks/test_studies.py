@@ -224,8 +224,8 @@ def test_slices_are_a_data_set_of_pictures(tmp_path):
 
 @pytest.mark.slow
 def test_an_ablation_is_trained_scored_reported_and_not_repeated(phantoms, tmp_path, monkeypatch, capsys):
-    import common
     import prompt_ablation
+    import scoring
     import studies
 
     results = tmp_path / "RESULTS.md"
@@ -239,7 +239,7 @@ def test_an_ablation_is_trained_scored_reported_and_not_repeated(phantoms, tmp_p
     assert "| none-slim-full |" in text
     assert "epochs 1, image_size 64, batch_size 2" in text
     assert str(tmp_path) not in text
-    scores = common.read_dice(tmp_path / "out" / "none-slim-full-0" / "scores" / "val.csv")
+    scores = scoring.read_dice(tmp_path / "out" / "none-slim-full-0" / "scores" / "val.csv")
     assert list(scores) == [case["case"] for case in find_cases(phantoms / "kvasir", "val")]
 
     def never(*_):
