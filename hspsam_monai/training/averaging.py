@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from ignite.engine import Engine
+from typing import Any
+
+import torch
+from ignite.engine import Engine, Events
 from ignite.handlers import EMAHandler
 from torch import nn
 
@@ -35,6 +38,19 @@ class MovingAverage(EMAHandler):
         warmup_iters: int | None = None,
     ) -> None:
         super().__init__(model, momentum, momentum_warmup, warmup_iters, handle_buffers="copy")
+
+    def attach(self, engine: Engine, *args: Any, **options: Any) -> None:
+        """Attach to the trainer; arguments are ignite's."""
+        super().attach(engine, *args, **options)
+        # After all that loads weights when a run starts, such as MONAI's CheckpointLoader and Checkpointer.
+        engine.add_event_handler(Events.EPOCH_STARTED, self._take_frozen)
+
+    @torch.no_grad()
+    def _take_frozen(self) -> None:
+        """What is frozen is the network's own, also where it was loaded after the copy was made."""
+        for mean, new in zip(self.ema_model.parameters(), self.model.parameters(), strict=True):
+            if not new.requires_grad and not torch.equal(mean, new):
+                mean.copy_(new)
 
     def _update_ema_model(self, engine: Engine, name: str) -> None:
         momentum = getattr(engine.state, name)

@@ -136,7 +136,7 @@ class Checkpointer:
         row = {
             "epoch": epoch,
             "loss": total / max(1.0, count),
-            "lr": self.scheduler.get_last_lr()[-1],
+            "lr": self.scheduler.get_last_lr()[0],  # of what is new; the encoder's is lower
         }
         self._loss, self._count = 0.0, 0
         # An evaluator keeps the metrics and the epoch of its last run.

@@ -147,6 +147,7 @@ class FeatureDataset(Dataset):
         rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         if world > 1:
             dist.barrier()  # all have looked before the first writes
+        self._require_storable(network, wanted, missing)
         total = sum(map(len, wanted))
         if missing:
             logger.info("Features in %s: %d of %d are there.", self.folder, total - len(missing), total)
@@ -157,6 +158,24 @@ class FeatureDataset(Dataset):
             dist.barrier()
         self._paths = wanted
         return len(missing[rank::world])
+
+    def _require_storable(
+        self, network: nn.Module, paths: list[list[Path]], missing: Sequence[tuple[int, int]]
+    ) -> None:
+        """Refuse a network whose features cannot be stored, also where another one's are there."""
+        gone = set(missing)
+        places = ((v, i) for v, files in enumerate(paths) for i in range(len(files)))
+        there = next((paths[v][i] for v, i in places if (v, i) not in gone), None)
+        if there is None:
+            height, width = self.dataset[missing[0][1]][self.keys[0]].shape[-2:]
+        else:
+            height, width = read_item(there)["size"].tolist()
+        training = network.training
+        network.eval()
+        try:
+            require_storable(network, torch.zeros(1, 3, height, width, device=next(network.parameters()).device))
+        finally:
+            network.train(training)
 
     def _missing(self, paths: list[list[Path]]) -> list[tuple[int, int]]:
         """(view, index) of what is not there or damaged; gigabytes take minutes to read, so it tells how far it is."""
@@ -191,8 +210,6 @@ class FeatureDataset(Dataset):
                     self.dataset.set_epoch(view)
                 items = DataLoader(Subset(self.dataset, indices), batch_size=None, num_workers=workers)
                 for index, item in zip(indices, items, strict=True):
-                    if not done:
-                        require_storable(network, _batch(item[self.keys[0]], device))
                     size = write_item(paths[view][index], self._encode(network, item, device), self.dtype)
                     done += 1
                     if done == 1:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from ignite.engine import Engine
+from ignite.engine import Engine, Events
 from ignite.handlers import EMAHandler
 from torch import nn
 
@@ -62,17 +62,30 @@ def test_frozen_weights_stay_to_the_last_bit():
     assert 0 < wandered < 1e-5  # what the class is for
 
 
+def test_frozen_weights_that_are_loaded_when_a_run_starts_are_taken_over():
+    """As MONAI's CheckpointLoader does, which MONAI Label puts first of all handlers."""
+    network, other = Network(), Network()
+    torch.nn.init.normal_(other.encoder.weight)
+    engine = Engine(lambda engine, batch: None)
+    average = MovingAverage(network, momentum=0.5)
+    start = average.ema_model.decoder.weight.clone()
+    average.attach(engine)
+    engine.add_event_handler(Events.STARTED, lambda: network.load_state_dict(other.state_dict()))
+    engine.run([0])
+    assert torch.equal(average.ema_model.encoder.weight, other.encoder.weight)
+    assert torch.equal(average.ema_model.decoder.weight, 0.5 * start + 0.5 * other.decoder.weight)
+
+
 def test_weights_that_are_thawed_later_are_averaged_from_then_on():
     network = Network()
     average = MovingAverage(network, momentum=0.5)
     engine = Engine(lambda engine, batch: network.encoder.bias.data.fill_(engine.state.iteration))
     average.attach(engine)
-    start = average.ema_model.encoder.bias.clone()
     engine.run([0], max_epochs=2)
-    assert torch.equal(average.ema_model.encoder.bias, start)
     network.encoder.requires_grad_(True)
     engine.run([0], max_epochs=3)
-    assert torch.equal(average.ema_model.encoder.bias, 0.5 * start + 0.5 * 3)
+    # The second epoch began with 1, and in the third came 3.
+    assert torch.equal(average.ema_model.encoder.bias, torch.full((32,), 0.5 * 1 + 0.5 * 3))
     assert not average.ema_model.encoder.bias.requires_grad
 
 

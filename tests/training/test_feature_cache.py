@@ -89,6 +89,20 @@ def test_the_storage_error_is_that_of_the_type(network, cases, tmp_path, dtype, 
         assert ((found.float() - value).abs() <= error * value.abs() + 1e-7 * (error > 0)).all()
 
 
+def test_features_of_another_network_let_none_through_whose_own_cannot_be_stored(cases, tmp_path):
+    """Injected prompts leave no trace among the frozen weights: its files have the same names."""
+    networks = [HSPSAM("mobile_sam", 32, decoder="slim", adapt="frozen", inject=inject) for inject in (False, True)]
+    networks[1].encoder.load_state_dict(networks[0].encoder.state_dict())
+    dataset = features(cases, tmp_path)
+    dataset.fill(networks[0])
+    again = features(cases, tmp_path)
+    assert again.paths(networks[1]) == dataset.paths(networks[0])
+    with pytest.raises(ConfigError, match="learned prompts join the encoder"):
+        again.fill(networks[1].train())
+    assert networks[1].training
+    assert features(cases, tmp_path).fill(networks[0]) == 0
+
+
 def test_values_beyond_the_type_are_refused(network, cases, tmp_path):
     dataset = features(cases, tmp_path, dtype="float16")
     large = ConvPyramidSAM("mobile_sam", 32, adapt="frozen")
@@ -153,7 +167,7 @@ def test_files_of_episodes_depend_on_every_case_that_may_support(network, cases,
 def test_a_second_run_computes_nothing(network, cases, tmp_path, monkeypatch):
     features(cases, tmp_path).fill(network)
     before = names(tmp_path)
-    monkeypatch.setattr(network, "encode", None)
+    monkeypatch.setattr(FeatureDataset, "_encode", None)
     copies = [dict(case) for case in cases]
     again = features(copies, tmp_path)
     assert again.fill(network) == 0 and names(tmp_path) == before and len(again) == 3
