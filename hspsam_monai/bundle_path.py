@@ -45,4 +45,4 @@ def _running() -> list[Path]:
     from hspsam_monai.workflow import running_workflow
 
     workflow = running_workflow()
-    return [] if workflow is None else [Path(workflow.config_root_path).parent]
+    return [] if workflow is None else [Path(workflow.config_root_path).resolve().parent]

@@ -139,7 +139,8 @@ def evaluate(
     output: Annotated[Path, typer.Option(help="Folder of table, summary and galleries.")],
     pairs: Pairs = None,
     model: Annotated[
-        str | None, typer.Option(help="Folder of a run, a model.pt, or `sam_sp`; without, the shipped model.")
+        str | None,
+        typer.Option(help="Folder of a run, a model.pt, or a shipped model: hsp_sam, sam_sp; without, hsp_sam."),
     ] = None,
     split: Annotated[str, typer.Option(help="train, val, all, or another key of the splits.")] = "val",
     device: Device = None,
@@ -166,7 +167,8 @@ def segment(
     output: Annotated[Path, typer.Argument(help="Folder of the masks: palette PNGs, value = class.")],
     pairs: Pairs = None,
     model: Annotated[
-        str | None, typer.Option(help="Folder of a run, a model.pt, or `sam_sp`; without, the shipped model.")
+        str | None,
+        typer.Option(help="Folder of a run, a model.pt, or a shipped model: hsp_sam, sam_sp; without, hsp_sam."),
     ] = None,
     support: Annotated[
         Path | None,
@@ -176,7 +178,8 @@ def segment(
         ),
     ] = None,
     flips: Annotated[
-        bool | None, typer.Option(help="Average four mirror images (on unless turned off): better, four times slower.")
+        bool | None,
+        typer.Option(help="Average four mirror images (on unless turned off): better, 4 to 5 times slower."),
     ] = None,
     device: Device = None,
 ) -> None:

@@ -32,6 +32,7 @@ SETTINGS = {
 #: How train.json infers, so that before and after differ in the weights alone.
 ALIKE = {"min_confidence": 0.0, "scales": [1]}
 MARK = "demo.json"
+_RESULT = ("dice_before", "dice_after", "seconds")
 _LABELS = {"background": 0, "foreground": 1}
 _PARTS = ("data", "unseen", "images", "before", "run", "after", "masks")
 
@@ -73,7 +74,7 @@ def run_demo(
     after = workflows.evaluate(unseen, output / "run", output / "after", split=split)["dice"]["mean"]
     tell("Segmenting a folder of unseen images …", "bold")
     workflows.segment(_pictures(output, unseen, split), output / "masks", model=output / "run")
-    result = {"dice_before": before, "dice_after": after, "seconds": round(time.monotonic() - begin, 1)}
+    result = dict(zip(_RESULT, (before, after, round(time.monotonic() - begin, 1)), strict=True))
     with atomic_write(output / MARK) as part:
         part.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     say(f"Done in {result['seconds']:.0f} s.", "green")
@@ -89,13 +90,22 @@ def run_demo(
 def _clear(output: Path) -> None:
     """Remove an earlier demo, and nothing else."""
     if output.is_dir() and any(output.iterdir()):
-        if not (output / MARK).is_file():
+        if not _is_demo(output / MARK):
             raise DataError(f"{output}: found something that is no earlier demo; choose another --output.")
         for name in _PARTS:
             shutil.rmtree(output / name, ignore_errors=True)
     output.mkdir(parents=True, exist_ok=True)
     with atomic_write(output / MARK) as part:
         part.write_text("{}\n", encoding="utf-8")
+
+
+def _is_demo(mark: Path) -> bool:
+    """Whether a file says of its folder that a demo made it: with the result, or with nothing while it runs."""
+    try:
+        content = json.loads(mark.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and set(content) in (set(), set(_RESULT))
 
 
 def _phantoms(output: Path, count: int, seed: int) -> tuple[Path, Path, str]:

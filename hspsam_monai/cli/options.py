@@ -162,6 +162,8 @@ def _check_kind(key: str, value: Any, old: Any) -> None:
         wrong = None if number else "a number"
     elif isinstance(old, Mapping):
         wrong = None if isinstance(value, Mapping) else "a dictionary; single entries are set as KEY::NAME=VALUE"
+    elif isinstance(old, list):
+        wrong = None if isinstance(value, list) else f"a list, such as {old}"
     else:
         wrong = None
     least = _LEAST.get(key)

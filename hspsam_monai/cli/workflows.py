@@ -107,9 +107,14 @@ def evaluate(
     """Score a model on a split: table, summary and galleries in ``output``; return the summary.
 
     Raises:
-        ConfigError, DataError, WeightsError: see :func:`train`.
+        ConfigError, WeightsError: see :func:`train`.
+        DataError: cases of the split cannot be read; all are named, before anything is scored or written.
     """
+    from hspsam_monai.data import find_cases
+    from hspsam_monai.training import check_output
+
     found = find_model(model)
+    _require_context(found)
     files = [config_path("train.json"), config_path("evaluate.json")]
     values = _checked(overrides, {**_merged(files), **found.network})
     output = _resolved(output)
@@ -120,6 +125,9 @@ def evaluate(
         "output_dir": str(output),
     }
     values |= {"device": device_setting(device)} if device else {}
+    check_output(output)
+    merged = {**_merged(files), **found.network, **values}
+    require_readable(find_cases(values["dataset_dir"], split), _classes(merged["labels"], merged["num_classes"]))
     _warn_of_trained(found.path.parent, values["dataset_dir"], split)
     run_workflow(files, "evaluate", found.network | values)
     return json.loads((output / "summary.json").read_text(encoding="utf-8"))
@@ -194,6 +202,8 @@ def segment(
         DataError: nothing to segment, or faulty supports; or, when all others are done, names every file that failed.
     """
     found = find_model(model, supports=support is not None)
+    if support is None:
+        _require_context(found)
     files = [config_path("inference.json"), *([config_path("support.json")] if support is not None else [])]
     values = _checked(overrides, {**_merged(files), **found.network})
     if support is not None:
@@ -239,8 +249,9 @@ def store_context(
 
     output = _resolved(output)
     found = find_model(model, supports=True)
-    if any((output / name).is_file() for name in (LAST, CONFIG)) or output == found.path.parent:
-        raise ConfigError(f"{output} holds the run of a model; expected another folder for the context.")
+    there = next((name for name in (LAST, CONFIG, BEST, OVERLAY) if (output / name).is_file()), None)
+    if there or output == found.path.parent:
+        raise ConfigError(f"{output} holds {there or 'the model itself'}; expected another folder for the context.")
     values = _checked(overrides, found.network)
     parser = ConfigParser({**found.network, "imports": ["$import hspsam_monai"]})
     for key, value in {**values, **_support_labels(found, support, values)}.items():
@@ -381,6 +392,50 @@ def _pretrained(source: str | None, resume: bool, kind: str) -> str:
     return source if source in CATALOGUE and not Path(source).is_file() else str(path.resolve())
 
 
+def _require_context(model: Model) -> None:
+    """Refuse the shipped Proxy Prompt where no supports are given: it is stored without."""
+    if model.path == shipped_model("proxy_prompt").resolve():
+        raise ConfigError(
+            "proxy_prompt knows no supports, which say what to look for; expected `hspsam segment --support DIR`, or a "
+            "model that knows them: `hspsam context DIR KNOWN`, then `--model KNOWN`."
+        )
+
+
+def _classes(labels: Mapping[str, int], num_classes: Any) -> int:
+    return num_classes if isinstance(num_classes, int) else len(labels)
+
+
+def require_readable(cases: Sequence[Mapping[str, Any]], num_classes: int) -> None:
+    """Read every image and mask once, as minutes of scoring would else end at the first that cannot be read.
+
+    Raises:
+        DataError: files that cannot be read, or a mask and an image of different sizes; all are named.
+    """
+    from hspsam_monai.data import read_image, read_mask
+
+    faults = []
+    with progress("Reading") as bar:
+        for done, case in enumerate(cases, 1):
+            try:
+                height, width, _ = read_image(case["image"]).shape
+                h, w = read_mask(case["label"], num_classes).shape
+                if (h, w) != (height, width):
+                    faults.append(
+                        f"{case['case']}: found a mask of {w} x {h} pixels for an image of {width} x {height}; "
+                        "expected equal sizes."
+                    )
+            except DataError as error:
+                faults.append(f"{case['case']}: {error}")
+            bar(done, len(cases))
+    if faults:
+        for fault in faults:
+            logger.error("%s", fault)
+        raise DataError(
+            f"{len(faults)} of {len(cases)} cases cannot be scored: {' '.join(faults[:3])}"
+            f"{' …' if len(faults) > 3 else ''} Mend or remove them; `hspsam check` looks at all splits."
+        )
+
+
 def require_good_data(data: str | Path, labels: Mapping[str, int], num_classes: Any) -> None:
     """Look through a data set; list its faults and refuse it if there are any.
 
@@ -389,7 +444,7 @@ def require_good_data(data: str | Path, labels: Mapping[str, int], num_classes: 
     """
     from hspsam_monai.data import check_dataset
 
-    classes = num_classes if isinstance(num_classes, int) else len(labels)
+    classes = _classes(labels, num_classes)
     with progress(f"Checking {Path(data).name}") as bar:
         report = check_dataset(data, classes, labels, bar)
     if not report.ok:

@@ -189,7 +189,8 @@ def _decathlon_cases(data: Decathlon, split: str, labels: bool, draw: tuple[floa
         )
     cases = [_case(n, data.items[n]["image"], data.items[n].get("label") if labels else None) for n in names]
     files = [path for case in cases for path in [case["image"], *_as_list(case.get("label"))]]
-    missing = [path for path in files if not Path(path).is_file()]
+    # Where pictures are only to be segmented, each that cannot be read is named and the others are done.
+    missing = [path for path in files if not Path(path).is_file()] if labels else []
     if missing:
         raise DataError(
             f"{data.path}: found {len(missing)} listed files missing ({some(missing)}); expected them all. "

@@ -76,11 +76,11 @@ def palette_table(palette: np.ndarray) -> np.ndarray:
     return np.concatenate([palette[:1], np.resize(palette[1:], (255, 3))])
 
 
-def has_palette(path: Path) -> bool:
-    """Whether a file is a picture with a palette, as masks are."""
+def is_own_mask(path: Path) -> bool:
+    """Whether a file is a picture with the palette of :func:`write_mask_png`; others' masks have their own."""
     try:
         with Image.open(path) as picture:
-            return picture.mode == "P"
+            return picture.mode == "P" and bytes(picture.getpalette() or ()) == palette_table(PALETTE).tobytes()
     except OSError:
         return False
 
@@ -136,7 +136,7 @@ class SaveMaskd(SaveImaged):
     def of_before(self, source: str | Path, case: str = "") -> Path | None:
         """The mask that an earlier run left where that of ``source`` would go."""
         path = self.target(source, case)
-        return path if path not in self._written and path.is_file() and has_palette(path) else None
+        return path if path not in self._written and path.is_file() and is_own_mask(path) else None
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Write one case and pass it on, with ``saved_to`` added."""
@@ -156,8 +156,10 @@ class SaveMaskd(SaveImaged):
         path = self.target(source, case)
         if path.exists() and source.exists() and path.samefile(source):
             raise DataError(f"{path} is the picture itself; expected another folder for the masks.")
-        if path.exists() and not has_palette(path):
-            raise DataError(f"{path} is there and no palette PNG, so no mask of before; expected another folder.")
+        if path.exists() and not is_own_mask(path):
+            raise DataError(
+                f"{path} is there and no palette PNG of our colours, so no mask of before; expected another folder."
+            )
         if self._written.get(path, source) != source:
             raise DataError(f"{path} holds the mask of {self._written[path]}; expected names that differ. Rename one.")
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -31,7 +32,7 @@ def user_prompts(
     Args:
         objects: N = K - 1 foreground classes.
         clicks: (object 1 … N, x, y, label), label 1 on the object, 0 off it.
-        boxes: (object, x0, y0, x1, y1), at most one an object.
+        boxes: (object, x0, y0, x1, y1), at most one an object, drawn from any corner to the opposite one.
         scribbles: (object, line, label); a line is a polyline (n, 2) of x, y, or a bool mask (H, W) of its pixels.
         points: points that a scribble becomes.
 
@@ -39,11 +40,12 @@ def user_prompts(
         :class:`Prompts` of one image, (1, N, …). Objects without a mark have none.
 
     Raises:
-        ConfigError: an object or label that does not exist, a second box, an empty or shapeless scribble.
+        ConfigError: an object or label that does not exist, a second box, an empty or shapeless scribble, a position
+            that is not finite.
     """
     marks: list[list[tuple[float, float, int]]] = [[] for _ in range(objects)]
     for index, x, y, label in clicks:
-        marks[_object(index, objects)].append((float(x), float(y), _label(label)))
+        marks[_object(index, objects)].append((*_finite(x, y), _label(label)))
     for index, line, label in scribbles:
         marks[_object(index, objects)] += [(x, y, _label(label)) for x, y in scribble_points(line, points).tolist()]
     parts: dict[str, Tensor] = {}
@@ -58,7 +60,10 @@ def user_prompts(
             slot = _object(index, objects)
             if parts["has_box"][0, slot]:
                 raise ConfigError(f"Object {index} has two boxes; expected at most one.")
-            parts["boxes"][0, slot], parts["has_box"][0, slot] = torch.tensor(corners), True
+            x0, y0, x1, y1 = _finite(*corners)
+            # SAM takes a box by its upper left corner and its lower right one.
+            ordered = (min(x0, x1), min(y0, y1), max(x0, x1), max(y0, y1))
+            parts["boxes"][0, slot], parts["has_box"][0, slot] = torch.tensor(ordered), True
     return Prompts(**parts)
 
 
@@ -74,7 +79,7 @@ def scribble_points(line: Tensor | np.ndarray | Sequence[Sequence[float]], count
         (P, 2) float32 x, y.
 
     Raises:
-        ConfigError: nothing drawn, or neither of the two shapes.
+        ConfigError: nothing drawn, neither of the two shapes, or a position that is not finite.
     """
     drawn = np.asarray(line.detach().cpu() if isinstance(line, Tensor) else line)
     if count < 1 or drawn.ndim != 2 or (drawn.dtype != bool and drawn.shape[1] != 2):
@@ -84,6 +89,8 @@ def scribble_points(line: Tensor | np.ndarray | Sequence[Sequence[float]], count
         )
     if not (drawn.any() if drawn.dtype == bool else len(drawn)):
         raise ConfigError("A scribble is empty; expected at least one point.")
+    if not np.isfinite(drawn).all():
+        raise ConfigError("A scribble has a position that is not finite; expected pixels.")
     chosen = _spread(drawn, count) if drawn.dtype == bool else _along(drawn.astype(np.float64), count)
     return torch.from_numpy(chosen.astype(np.float32))
 
@@ -109,6 +116,13 @@ def _object(index: int, objects: int) -> int:
     if not 1 <= index <= objects:
         raise ConfigError(f"A mark is for object {index}; expected 1 to {objects}.")
     return index - 1
+
+
+def _finite(*position: float) -> tuple[float, ...]:
+    found = tuple(map(float, position))
+    if not all(map(math.isfinite, found)):
+        raise ConfigError(f"A mark is at {', '.join(map(str, found))}; expected finite pixels.")
+    return found
 
 
 def _label(label: int) -> int:

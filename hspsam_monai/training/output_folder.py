@@ -12,6 +12,8 @@ from hspsam_monai.training.checkpoints import BEST, LAST
 RECORD = "environment.json"
 #: What tells a folder that holds a trained model.
 MODELS = (LAST, BEST)
+#: What a run writes besides its record; without one they are someone else's.
+_OWN = ("config.json", "network.json", "splits.json", "cases.csv", "summary.json", "gallery.html")
 
 #: Folders of images and of labels inside a data set.
 PARTS = ("images", "masks", "imagesTr", "imagesTs", "labelsTr", "labelsTs")
@@ -30,8 +32,9 @@ def check_output(folder: str | Path, resume: bool | None = None) -> None:
 
     Raises:
         ConfigError: it is a data set or its folder of images or masks; it holds a model whose configuration and
-            splits would be overwritten; or it starts with ``~``, which only a shell expands.
-        TrainingError: a training would overwrite another, or there is none to resume.
+            splits would be overwritten; it holds files called like a run's and no run's record; or it starts with
+            ``~``, which only a shell expands.
+        TrainingError: a training would overwrite another or a model, or there is none to resume.
     """
     if str(folder).startswith("~"):
         raise ConfigError(f"{folder}: found ~, which only a shell expands; expected the full path.")
@@ -52,7 +55,15 @@ def check_output(folder: str | Path, resume: bool | None = None) -> None:
                 f"{folder} holds a model ({found[0]}), whose configuration and splits would be overwritten; expected "
                 "another folder for results, such as one inside it."
             )
+        foreign = [name for name in _OWN if (path / name).exists() and not (path / RECORD).is_file()]
+        if foreign:
+            raise ConfigError(
+                f"{folder} holds {', '.join(foreign)} and no {RECORD}, so no results of before; they would be "
+                "overwritten. Expected another folder for results."
+            )
     elif resume and MODELS[0] not in found:
         raise TrainingError(f"Nothing to resume: {path / MODELS[0]} does not exist. Start without --resume.")
     elif not resume and MODELS[0] in found:
         raise TrainingError(f"{folder} holds an earlier run. Go on with --resume, or choose another --output.")
+    elif not resume and found:
+        raise TrainingError(f"{folder} holds a model ({found[0]}) that would be overwritten. Choose another --output.")

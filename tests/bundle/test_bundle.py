@@ -87,6 +87,15 @@ def test_post_processing_is_built_alone(bundle, monkeypatch, tmp_path):
     assert [isinstance(step, SaveImaged) for step in found.transforms] == [False, False, True]
 
 
+def test_a_copy_run_from_its_own_folder_keeps_its_model(bundle, monkeypatch, tmp_path):
+    shutil.copytree(bundle / "configs", tmp_path / "copy" / "configs")
+    monkeypatch.chdir(tmp_path / "copy" / "configs")
+    for name in ("inference.json", "../configs/inference.json", str(tmp_path / "copy" / "configs" / "inference.json")):
+        workflow = ConfigWorkflow(name, workflow_type="inference", logging_file=False, initialize=[], run=["$@model"])
+        workflow.initialize()
+        assert Path(workflow.run()[0]).resolve() == (tmp_path / "copy" / "models" / "model.pt").resolve()
+
+
 def test_every_network_builds_without_file_or_network_access(bundle, monkeypatch):
     import builtins
     import socket

@@ -145,6 +145,9 @@ def test_no_supports_no_context_and_networks_without(model, supports, images, tm
     words = ["--model", other, "--support", supports]
     assert "takes no supports" in hspsam("segment", images, tmp_path / "c", *words, code=2).stderr
     assert "expected another folder" in hspsam("context", supports, model, "--model", model, code=2).stderr
+    before = (bare / "model.pt").read_bytes()  # someone's, though no training's
+    assert "holds model.pt" in hspsam("context", supports, bare, "--model", model, code=2).stderr
+    assert (bare / "model.pt").read_bytes() == before
 
 
 def test_without_a_shipped_proxy_prompt_the_way_to_one_is_told(supports, images, tmp_path, monkeypatch):

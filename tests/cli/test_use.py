@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -34,9 +35,42 @@ class TestUse:
         assert again["dice"]["mean"] == pytest.approx(summary["dice"]["mean"], abs=1e-6)
 
     def test_a_split_is_handed_on(self, phantoms: Path, run: Path, tmp_path: Path, handed: list[dict]):
+        phantoms = Path(shutil.copytree(phantoms, tmp_path / "data"))
+        splits = json.loads((phantoms / "splits.json").read_text())
+        (phantoms / "splits.json").write_text(json.dumps({**splits, "fold 2": splits["val"]}))
         for words, split in (([], "val"), (["--split", "train"], "train"), (["--split", "fold 2"], "fold 2")):
-            hspsam("evaluate", "--data", phantoms, "--model", run, "--output", tmp_path / "eval", *words)
+            hspsam("evaluate", "--data", phantoms, "--model", run, "--output", tmp_path / split, *words)
             assert handed[-1]["val_split"] == split and handed[-1]["kind"] == "evaluate"
+
+    def test_all_that_cannot_be_scored_is_named_before_anything_is_written(
+        self, phantoms: Path, run: Path, tmp_path: Path, handed: list[dict]
+    ):
+        data = Path(shutil.copytree(phantoms, tmp_path / "data"))
+        names = json.loads((data / "splits.json").read_text())["val"]
+        image = next((data / "images").glob(f"{names[0]}.*"))
+        image.write_bytes(image.read_bytes()[:200])
+        mask = data / "masks" / f"{names[1]}.png"
+        Image.open(mask).crop((0, 0, 20, 30)).save(mask)
+        words = ["evaluate", "--data", data, "--model", run, "--output", tmp_path / "eval"]
+        message = " ".join(hspsam(*words, code=1).stderr.split())
+        assert f"2 of {len(names)} cases cannot be scored" in message
+        assert f"{names[0]}: " in message and f"{names[1]}: found a mask of 20 x 30 pixels" in message
+        assert not handed and not (tmp_path / "eval").exists()
+        hspsam(*words, "--split", "train")  # faults elsewhere do not matter
+        assert len(handed) == 1
+
+    def test_a_list_is_no_number(self, phantoms: Path, run: Path, tmp_path: Path, handed: list[dict]):
+        words = ["segment", phantoms / "images", tmp_path / "masks", "--model", run]
+        assert "scales: found 1; expected a list" in hspsam(*words, "scales=1", code=2).stderr
+        hspsam(*words, "scales=[1]")
+        assert handed[-1]["scales"] == [1]
+
+    def test_the_shipped_proxy_prompt_needs_supports(self, phantoms: Path, tmp_path: Path, handed: list[dict]):
+        for words in (["segment", phantoms / "images", tmp_path / "a"], ["evaluate", "--data", phantoms]):
+            where = [] if words[0] == "segment" else ["--output", tmp_path / "a"]
+            result = hspsam(*words, *where, "--model", "proxy_prompt", code=2)
+            assert "hspsam context DIR KNOWN" in " ".join(result.stderr.split())
+        assert not handed and not (tmp_path / "a").exists()
 
     def test_flips_are_as_configured_unless_asked_for(
         self, phantoms: Path, run: Path, tmp_path: Path, handed: list[dict]
@@ -230,6 +264,10 @@ class TestDemo:
         (tmp_path / "data").mkdir()
         assert "no earlier demo" in hspsam("demo", "--output", tmp_path, code=1).stderr
         assert (tmp_path / "data").is_dir()
+        for content in ('{"my": "project"}', "[]", "no json"):
+            (tmp_path / "demo.json").write_text(content)
+            assert "no earlier demo" in hspsam("demo", "--output", tmp_path, code=1).stderr
+            assert (tmp_path / "data").is_dir() and (tmp_path / "demo.json").read_text() == content
 
     def test_unseen_images_of_a_union_lie_side_by_side(self, tmp_path: Path):
         data = tmp_path / "data"

@@ -238,6 +238,11 @@ class TestDecathlon:
         with pytest.raises(DataError, match="expected one inside"):
             find_cases(tmp_path)
 
+    def test_where_nothing_is_labelled_a_missing_picture_is_left_to_the_reader(self, tmp_path):
+        """So that the others are segmented and it is named."""
+        (tmp_path / "dataset.json").write_text(json.dumps({"test": ["a.png", "b.png"]}))
+        assert [case["case"] for case in find_cases(tmp_path, "test", labels=False)] == ["a", "b"]
+
     @pytest.mark.parametrize(
         ("content", "words"),
         [

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from monai.data import MetaTensor
+from PIL import Image
 
 from hspsam_monai.data import read_mask
 from hspsam_monai.errors import DataError
@@ -34,6 +35,24 @@ def test_a_mask_on_another_device_is_written(tmp_path):
     given = item(tmp_path / "in" / "a.png", "a", mask.as_subclass(Elsewhere))
     saved = SaveMaskd(tmp_path / "out", tmp_path / "in")(given)["saved_to"]
     assert np.array_equal(read_mask(saved, 3), mask[0].numpy())
+
+
+def test_masks_of_others_are_never_replaced_and_ours_are(tmp_path):
+    """A truth with its own palette, as VOC's, beside its pictures."""
+    (tmp_path / "in").mkdir()
+    truth = Image.fromarray(np.full((2, 3), 3, np.uint8), "P")
+    truth.putpalette([0, 0, 0, 128, 0, 0, 0, 128, 0, 128, 128, 0])
+    truth.save(tmp_path / "a.png")
+    before = (tmp_path / "a.png").read_bytes()
+    save = SaveMaskd(tmp_path, tmp_path / "in")
+    with pytest.raises(DataError, match="no palette PNG of our colours"):
+        save(item(tmp_path / "in" / "a.jpg", "a", torch.zeros(1, 2, 3)))
+    assert (tmp_path / "a.png").read_bytes() == before and save.of_before(tmp_path / "in" / "a.jpg") is None
+    for value in (1.0, 2.0):  # an earlier run's
+        again = SaveMaskd(tmp_path, tmp_path / "in")
+        again(item(tmp_path / "in" / "b.jpg", "b", torch.full((1, 2, 3), value)))
+        assert SaveMaskd(tmp_path, tmp_path / "in").of_before(tmp_path / "in" / "b.jpg") == tmp_path / "b.png"
+    assert read_mask(tmp_path / "b.png", 3).max() == 2
 
 
 def test_twins_do_not_overwrite_each_other(tmp_path):

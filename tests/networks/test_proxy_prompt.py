@@ -154,10 +154,11 @@ def test_similarity_is_calibrated_by_the_supports(network):
 @torch.no_grad()
 def test_a_moving_average_may_have_a_context_of_its_own():
     from ignite.engine import Engine
-    from ignite.handlers import EMAHandler
+
+    from hspsam_monai.training import MovingAverage
 
     network = build().eval()
-    average = EMAHandler(network, momentum=0.5)
+    average = MovingAverage(network, momentum=0.5)
     engine = Engine(lambda _engine, _batch: None)
     average.attach(engine)
     average.ema_model.set_context(*supports(2))

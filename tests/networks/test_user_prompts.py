@@ -49,11 +49,19 @@ def test_marks_of_several_objects_share_one_batch():
         ({"boxes": [(1, 0, 0, 1, 1), (1, 0, 0, 2, 2)]}, "two boxes"),
         ({"scribbles": [(1, np.zeros((4, 4), bool), 1)]}, "empty"),
         ({"scribbles": [(1, [[1, 2, 3]], 1)]}, r"shape \(1, 3\)"),
+        ({"clicks": [(1, float("nan"), 1, 1)]}, "at nan, 1.0; expected finite"),
+        ({"boxes": [(1, 0, 0, float("inf"), 1)]}, "at 0.0, 0.0, inf, 1.0"),
+        ({"scribbles": [(1, [[0, 0], [float("nan"), 1]], 1)]}, "not finite"),
     ],
 )
 def test_impossible_marks(marks, message):
     with pytest.raises(ConfigError, match=message):
         user_prompts(2, **marks)
+
+
+@pytest.mark.parametrize("drawn", [(30, 40, 1, 2), (1, 40, 30, 2), (30, 2, 1, 40)])
+def test_a_box_may_be_drawn_from_any_corner(drawn):
+    assert user_prompts(1, boxes=[(1, *drawn)]).boxes.tolist() == [[[1, 2, 30, 40]]]
 
 
 @pytest.fixture(scope="module")

@@ -36,8 +36,23 @@ def test_runs_and_models_are_spared(tmp_path):
     (tmp_path / "model.pt").touch()
     with pytest.raises(ConfigError, match=r"holds a model \(model.pt\)"):
         check_output(tmp_path)
-    check_output(tmp_path, resume=False)  # a run that was stopped before its first epoch ended
+    with pytest.raises(TrainingError, match=r"holds a model \(model.pt\)"):  # shared, or of supports
+        check_output(tmp_path, resume=False)
     (tmp_path / "last.pt").touch()
     check_output(tmp_path, resume=True)
     with pytest.raises(TrainingError, match="earlier run"):
         check_output(tmp_path, resume=False)
+
+
+def test_a_run_that_was_stopped_before_its_first_epoch_ended_may_be_begun_anew(tmp_path):
+    for name in ("environment.json", "config.json", "network.json", "splits.json", "log.txt"):
+        (tmp_path / name).touch()
+    check_output(tmp_path, resume=False)
+    check_output(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["config.json", "splits.json", "cases.csv", "summary.json"])
+def test_files_of_others_that_are_called_like_a_runs_are_spared(tmp_path, name):
+    (tmp_path / name).touch()
+    with pytest.raises(ConfigError, match=rf"holds {name} and no environment.json"):
+        check_output(tmp_path)
