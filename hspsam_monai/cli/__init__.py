@@ -1,8 +1,8 @@
 """``hspsam``: a thin face over the bundle's configurations.
 
 ``app`` declares the commands, each a few lines around one function that can be called from Python as well:
-``workflows`` (train, evaluate, segment), ``scoring``, ``weights``, ``doctor``, ``demo``. Nothing here imports torch or
-MONAI before a command needs them, so ``hspsam --help`` answers at once.
+``workflows`` (train, evaluate, segment) after ``data_checks``, ``scoring``, ``weights``, ``doctor``, ``demo``. Nothing
+here imports torch or MONAI before a command needs them, so ``hspsam --help`` answers at once.
 """
 
 import ctypes

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from hspsam_monai.cli import workflows
 from hspsam_monai.cli.console import say, tell
+from hspsam_monai.cli.data_checks import require_good_data
 from hspsam_monai.cli.models import shipped_model
 from hspsam_monai.errors import DataError, WeightsError
 from hspsam_monai.files import atomic_write
@@ -56,11 +57,11 @@ def run_demo(
     if data is not None:  # before anything of an earlier demo is removed
         if data.expanduser().resolve().is_relative_to(output.expanduser().resolve()):
             raise DataError(f"{data} lies in {output}, whose earlier demo would be removed; choose another --output.")
-        workflows.require_good_data(data, _LABELS, 2)
+        require_good_data(data, _LABELS, 2)
     _clear(output)
     known, unseen, split = _phantoms(output, count or COUNT, seed) if data is None else (data, data, "val")
     if data is None:
-        workflows.require_good_data(known, _LABELS, 2)
+        require_good_data(known, _LABELS, 2)
     start = _start()
     before = None
     if start == "shipped":

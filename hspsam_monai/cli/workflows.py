@@ -12,10 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from hspsam_monai.cli.console import progress, tell
+from hspsam_monai.cli.data_checks import class_count, require_good_data, require_readable, warn_of_trained
 from hspsam_monai.cli.models import SHIPPED, Model, find_model, shipped_model, shipped_name, takes_supports
 from hspsam_monai.cli.options import check_labels, check_overrides, config_path, device_setting, overlay_path
-from hspsam_monai.errors import ConfigError, DataError, TrainingError, WeightsError
+from hspsam_monai.errors import ConfigError, TrainingError, WeightsError
 from hspsam_monai.files import atomic_write
 from hspsam_monai.network_file import OVERLAY
 
@@ -127,53 +127,10 @@ def evaluate(
     values |= {"device": device_setting(device)} if device else {}
     check_output(output)
     merged = {**_merged(files), **found.network, **values}
-    require_readable(find_cases(values["dataset_dir"], split), _classes(merged["labels"], merged["num_classes"]))
-    _warn_of_trained(found.path.parent, values["dataset_dir"], split)
+    require_readable(find_cases(values["dataset_dir"], split), class_count(merged["labels"], merged["num_classes"]))
+    warn_of_trained(found.path.parent, values["dataset_dir"], split)
     run_workflow(files, "evaluate", found.network | values)
     return json.loads((output / "summary.json").read_text(encoding="utf-8"))
-
-
-def _warn_of_trained(folder: Path, data: str, split: str) -> None:
-    """Say how many of the cases a model was trained on, by the record beside it; a drawn split moves as a set grows.
-
-    By name, and by bytes as long as the run's own data is still there: other sets number their images from 1, too.
-    """
-    from hspsam_monai.data import find_cases
-    from hspsam_monai.data.cases import content_hash
-    from hspsam_monai.data.layouts import SPLITS_FILE, some
-
-    record = folder / SPLITS_FILE
-    if not record.is_file():
-        return
-    try:
-        cases = find_cases(data, split)
-    except DataError:
-        return  # the evaluation says it
-    trained = set(json.loads(record.read_text(encoding="utf-8")).get("train", ()))
-    images = _images_of_run(folder)
-
-    def same(case: Mapping[str, Any]) -> bool:
-        own = images.get(case["case"])
-        return own is None or own == Path(case["image"]) or content_hash(own) == content_hash(Path(case["image"]))
-
-    known = [case["case"] for case in cases if case["case"] in trained and same(case)]
-    if known:
-        logger.warning(
-            "%d of the %d cases of split %s are among those this model was trained on, by %s (%s). Their scores are "
-            "too good: give the data set the %s of the run.",
-            len(known), len(cases), split, "name and content" if images else "name", some(known), record,
-        )  # fmt: skip
-
-
-def _images_of_run(folder: Path) -> dict[str, Path]:
-    """Case -> image of the data a run was trained on; nothing where that is gone."""
-    from hspsam_monai.data import find_cases
-
-    try:
-        data = json.loads((folder / CONFIG).read_text(encoding="utf-8"))["dataset_dir"]
-        return {case["case"]: Path(case["image"]) for case in find_cases(data, "all", labels=False)}
-    except (OSError, KeyError, DataError):
-        return {}
 
 
 def segment(
@@ -399,57 +356,3 @@ def _require_context(model: Model) -> None:
             "proxy_prompt knows no supports, which say what to look for; expected `hspsam segment --support DIR`, or a "
             "model that knows them: `hspsam context DIR KNOWN`, then `--model KNOWN`."
         )
-
-
-def _classes(labels: Mapping[str, int], num_classes: Any) -> int:
-    return num_classes if isinstance(num_classes, int) else len(labels)
-
-
-def require_readable(cases: Sequence[Mapping[str, Any]], num_classes: int) -> None:
-    """Read every image and mask once, as minutes of scoring would else end at the first that cannot be read.
-
-    Raises:
-        DataError: files that cannot be read, or a mask and an image of different sizes; all are named.
-    """
-    from hspsam_monai.data import read_image, read_mask
-
-    faults = []
-    with progress("Reading") as bar:
-        for done, case in enumerate(cases, 1):
-            try:
-                height, width, _ = read_image(case["image"]).shape
-                h, w = read_mask(case["label"], num_classes).shape
-                if (h, w) != (height, width):
-                    faults.append(
-                        f"{case['case']}: found a mask of {w} x {h} pixels for an image of {width} x {height}; "
-                        "expected equal sizes."
-                    )
-            except DataError as error:
-                faults.append(f"{case['case']}: {error}")
-            bar(done, len(cases))
-    if faults:
-        for fault in faults:
-            logger.error("%s", fault)
-        raise DataError(
-            f"{len(faults)} of {len(cases)} cases cannot be scored: {' '.join(faults[:3])}"
-            f"{' …' if len(faults) > 3 else ''} Mend or remove them; `hspsam check` looks at all splits."
-        )
-
-
-def require_good_data(data: str | Path, labels: Mapping[str, int], num_classes: Any) -> None:
-    """Look through a data set; list its faults and refuse it if there are any.
-
-    Raises:
-        DataError: there is at least one fault.
-    """
-    from hspsam_monai.data import check_dataset
-
-    classes = _classes(labels, num_classes)
-    with progress(f"Checking {Path(data).name}") as bar:
-        report = check_dataset(data, classes, labels, bar)
-    if not report.ok:
-        tell(report.table())
-        raise DataError(
-            f"{data} has faults ({len(report.faults)}), listed above. Mend them (train --no-check goes on regardless)."
-        )
-    logger.info("Checked %d cases: no faults, %d warnings.", report.counts.get("cases", 0), len(report.warnings))

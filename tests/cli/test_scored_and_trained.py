@@ -6,7 +6,7 @@ import logging
 import pytest
 from monai.bundle import ConfigParser
 
-from hspsam_monai.cli import scoring, workflows
+from hspsam_monai.cli import data_checks, scoring, workflows
 from hspsam_monai.data import write_phantoms
 from hspsam_monai.errors import ConfigError, DataError
 from hspsam_monai.scores import CaseScore, summarise
@@ -23,20 +23,20 @@ def test_scores_of_trained_cases_are_doubted(tmp_path, caplog):
     (data / "splits.json").unlink(missing_ok=True)
     names = sorted(path.stem for path in (data / "images").iterdir())
     with caplog.at_level(logging.WARNING):
-        workflows._warn_of_trained(tmp_path, str(data), "all")
+        data_checks.warn_of_trained(tmp_path, str(data), "all")
         assert not caplog.text  # no record beside the model
         (tmp_path / "splits.json").write_text(json.dumps({"train": [*names[:3], "other"], "val": names[3:]}))
-        workflows._warn_of_trained(tmp_path, str(data), "all")
+        data_checks.warn_of_trained(tmp_path, str(data), "all")
     assert (
         f"3 of the 4 cases of split all are among those this model was trained on, by name ({names[0]}," in caplog.text
     )
     caplog.clear()
     other = write_phantoms(tmp_path / "other", 4, seed=9, size=(32, 32))
     (tmp_path / "config.json").write_text(json.dumps({"dataset_dir": str(data)}))
-    workflows._warn_of_trained(tmp_path, str(other), "all")
+    data_checks.warn_of_trained(tmp_path, str(other), "all")
     assert not caplog.text  # other pictures of the same names
-    workflows._warn_of_trained(tmp_path, str(data), "no such split")  # left to the evaluation
-    workflows._warn_of_trained(tmp_path, str(data), "all")
+    data_checks.warn_of_trained(tmp_path, str(data), "no such split")  # left to the evaluation
+    data_checks.warn_of_trained(tmp_path, str(data), "all")
     assert "3 of the 4 cases of split all are among those this model was trained on, by name and content" in caplog.text
 
 
