@@ -200,7 +200,7 @@ def store_context(
     import torch
     from monai.bundle import ConfigParser
 
-    from hspsam_monai.encoders.state_files import write_state
+    from hspsam_monai.encoders.state_files import halved, write_state
     from hspsam_monai.inference import give_context
     from hspsam_monai.networks import load_checkpoint
 
@@ -218,8 +218,8 @@ def store_context(
     load_checkpoint(network, found.path, context=False)
     where = device_setting(device).split("'")[1] if device else "cuda:0" if torch.cuda.is_available() else "cpu"
     give_context(network.to(where), _resolved(support))
-    state = {k: v.half() if v.is_floating_point() else v for k, v in network.cpu().state_dict().items()}
-    write_state(output / BEST, {"model": state})
+    # Losslessly, so that the masks are those of --support.
+    write_state(output / BEST, {"model": halved(network.cpu().state_dict())})
     with atomic_write(output / OVERLAY) as part:
         part.write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
     return output / BEST

@@ -7,6 +7,7 @@ Pillow decodes what it keeps exactly. What it would cut down to 8 bits goes else
 from __future__ import annotations
 
 import logging
+import math
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,8 @@ _ORIENTATION = 274  # tag number shared by EXIF and TIFF
 _PHOTOMETRIC = 262  # its tag for what a number means
 _PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 _TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+#: Pillow refuses pictures of more pixels than twice its limit, ours as well; so it goes for every format.
+_LIMIT_FACTOR = 2
 _PNG_GREY, _PNG_GREY_ALPHA, _PNG_RGB, _PNG_RGBA = 0, 4, 2, 6
 
 # tifffile logs what it also raises; the error below carries it to the user once.
@@ -77,7 +80,8 @@ def decode(path: str | Path, *, indices: bool = False) -> Picture:
         indices: keep palette indices (masks) instead of looking up their colours (photographs).
 
     Raises:
-        FileFault: missing, zero bytes, no picture, damaged, several pages, not finite, unsupported layout.
+        FileFault: missing, zero bytes, no picture, damaged, several pages, not finite, unsupported layout, more pixels
+            than Pillow's limit.
     """
     path = Path(path)
     head = _head(path)
@@ -93,6 +97,8 @@ def decode(path: str | Path, *, indices: bool = False) -> Picture:
                 picture = _decode_pillow(path, head, indices)
     except FileFault:
         raise
+    except Image.DecompressionBombError as error:
+        raise _too_large(path, str(error)) from error
     except UnidentifiedImageError as error:
         raise FileFault(
             path, "unreadable", "no known picture format", "PNG, JPEG, TIFF, BMP or WebP", "Export it again."
@@ -144,6 +150,21 @@ def _several_pages(path: Path, count: int) -> FileFault:
         "one picture a file",
         "Save each page as a file of its own.",
     )
+
+
+def _too_large(path: Path, found: str) -> FileFault:
+    return FileFault(
+        path,
+        "too_large",
+        f"a picture of more pixels than are read ({found})",
+        f"at most {pixel_limit()} pixels",
+        "Cut it into parts or make it smaller; a programme may set PIL.Image.MAX_IMAGE_PIXELS.",
+    )
+
+
+def pixel_limit() -> float:
+    """How many pixels a picture may have, H times W."""
+    return math.inf if Image.MAX_IMAGE_PIXELS is None else _LIMIT_FACTOR * Image.MAX_IMAGE_PIXELS
 
 
 def _decode_pillow(path: Path, head: bytes, indices: bool) -> Picture:
@@ -238,6 +259,9 @@ def _decode_tiff(path: Path, indices: bool) -> Picture:
         planes = series.axes in {"CYX", "SYX"} and series.shape[0] in {1, 3, 4} and len(tiff.series) == 1
         if count > 1 and not planes:
             raise _several_pages(path, count)
+        height, width = page.imagelength, page.imagewidth
+        if height * width > pixel_limit():
+            raise _too_large(path, f"{height} x {width}")
         if indices and _PHOTOMETRIC in page.tags and int(page.photometric) == 0:  # tifffile says 0 without the tag
             raise FileFault(
                 path,

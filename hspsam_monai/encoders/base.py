@@ -104,12 +104,18 @@ class Encoder(KeepsConstants):
             :class:`Features`.
 
         Raises:
-            ConfigError: the image is not (B, 3, H, W) with valid sides, or prompts do not fit the levels.
+            ConfigError: the image is not (B, 3, H, W) with valid sides, or not of floating point, or prompts do not fit
+                the levels.
         """
         if image.ndim != 4 or image.shape[1] != 3 or image.shape[2] % self.multiple or image.shape[3] % self.multiple:
             raise ConfigError(
                 f"{type(self).__name__} got an image of shape {tuple(image.shape)}; expected (B, 3, H, W) with H "
                 f"and W multiples of {self.multiple}. Resize the image first (ImageInferer does)."
+            )
+        if not image.is_floating_point():
+            raise ConfigError(
+                f"{type(self).__name__} got an image of {image.dtype}; expected floating point in [0, 1]. Divide 8-bit "
+                "values by 255."
             )
         if prompts is not None:
             self._check_prompts(prompts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from itertools import cycle, islice
@@ -15,6 +16,7 @@ from torch.nn import functional as F
 
 from hspsam_monai.encoders import Encoded
 from hspsam_monai.errors import ConfigError
+from hspsam_monai.networks.sam_decoder import ABSENT, Prompts
 from hspsam_monai.networks.stored import encoded_of
 from hspsam_monai.transforms import fit_image
 
@@ -24,6 +26,8 @@ PRECISIONS = ("auto", "float32", "bfloat16")
 _MIRRORS = ((), (-1,), (-2,), (-2, -1))
 #: What the sides of an image must be a multiple of.
 _STEP = 32
+#: How far values may lie outside [0, 1], where interpolation overshoots or noise was added.
+_RANGE_SLACK = 0.1
 
 
 def autocast_dtype(device: torch.device, precision: str) -> torch.dtype | None:
@@ -66,7 +70,8 @@ class ImageInferer(Inferer):
     the input is a ``MetaTensor`` so is the result, with the input's meta data.
 
     Raises:
-        ConfigError: an unknown precision, a scale that is not positive, or scales without ``image_size``.
+        ConfigError: an unknown precision, an ``image_size`` that is no multiple of 32, a scale that is no number
+            above 0, or scales without ``image_size``.
     """
 
     def __init__(
@@ -79,8 +84,13 @@ class ImageInferer(Inferer):
         super().__init__()
         if precision not in PRECISIONS:
             raise ConfigError(f"precision is {precision!r}; expected one of {', '.join(PRECISIONS)}.")
-        if not 1 <= len(scales) <= len(_MIRRORS) or min(scales) <= 0:
-            raise ConfigError(f"scales is {list(scales)}; expected one to four numbers above 0, such as [1].")
+        if image_size is not None and (
+            not isinstance(image_size, int) or isinstance(image_size, bool) or image_size < 1 or image_size % _STEP
+        ):
+            raise ConfigError(f"image_size is {image_size!r}; expected a whole multiple of {_STEP}, or None.")
+        listed = isinstance(scales, Sequence) and not isinstance(scales, str)
+        if not listed or not 1 <= len(scales) <= len(_MIRRORS) or not all(map(_is_scale, scales)):
+            raise ConfigError(f"scales is {scales!r}; expected one to four numbers above 0, such as [1].")
         if image_size is None and any(scale != 1 for scale in scales):
             raise ConfigError(f"scales is {list(scales)}, but image_size is not set; scales are relative to it.")
         self.image_size, self.precision, self.flips, self.scales = image_size, precision, flips, tuple(scales)
@@ -90,11 +100,15 @@ class ImageInferer(Inferer):
     ) -> Any:
         """Infer (B, 3, H, W) in [0, 1], or its features (:func:`encoded_of`); extra arguments go to the network.
 
-        A person's marks (``prompts``) are in pixels of the image given here, and are brought to the network's with it.
+        A person's marks (``prompts=``) are in pixels of the image given here, and are brought to the network's with it.
 
         Raises:
-            ConfigError: mirror images are asked for, and only features or also a person's marks are given.
+            ConfigError: mirror images are asked for, and only features or also a person's marks are given; marks that
+                are not named or lie outside the image; an image of whole numbers or, on a CPU, of values that are not
+                in [0, 1].
         """
+        if any(isinstance(value, Prompts) for value in args):
+            raise ConfigError("A person's marks were given by position; name them (prompts=...), then they are scaled.")
         if isinstance(inputs, Mapping):
             inputs = encoded_of(inputs)
         if isinstance(inputs, Encoded):
@@ -104,10 +118,13 @@ class ImageInferer(Inferer):
         else:
             image = inputs.as_tensor() if isinstance(inputs, MetaTensor) else inputs
             size = tuple(image.shape[-2:])
+            _require_unit_range(image, getattr(network, "training", False))
         marks = kwargs.get("prompts")
         marks = None if marks is None or marks.shape() is None else marks
         if marks is not None and self.flips and not getattr(network, "training", False):
             raise ConfigError("A person's marks have no mirror images; set flips to false.")
+        if marks is not None:
+            _require_inside(marks, size)
         if marks is not None and self.image_size is not None and not isinstance(image, Encoded):
             kwargs["prompts"] = marks.scaled(self.image_size / size[1], self.image_size / size[0])
         if self.flips and not getattr(network, "training", False):
@@ -150,3 +167,38 @@ class ImageInferer(Inferer):
         dtype = autocast_dtype(image.device, self.precision)
         with torch.autocast(image.device.type, dtype) if dtype is not None else nullcontext():
             return network(image, *args, **kwargs)
+
+
+def _is_scale(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+
+
+def _require_unit_range(image: Tensor, training: bool) -> None:
+    """Refuse what a reader of 8-bit values gives; on other devices looking at values would stop the queue."""
+    advice = "Divide 8-bit values by 255 (hspsam_monai.data.read_image does)."
+    if not image.is_floating_point():
+        raise ConfigError(f"The image holds {image.dtype}; expected floating point in [0, 1]. {advice}")
+    if training or image.device.type != "cpu" or not image.numel():
+        return
+    low, high = (value.item() for value in image.aminmax())
+    if low < -_RANGE_SLACK or high > 1 + _RANGE_SLACK:
+        raise ConfigError(f"The image holds values from {low:g} to {high:g}; expected [0, 1]. {advice}")
+
+
+def _require_inside(marks: Prompts, size: tuple[int, int]) -> None:
+    """Refuse points outside the image (H, W), and boxes that do not touch it: x and y may be exchanged."""
+    height, width = size
+    advice = "x comes before y, in pixels of the image given."
+    if marks.points is not None:
+        x, y = marks.points[marks.labels != ABSENT].float().cpu().unbind(-1)
+        outside = (x < -1) | (y < -1) | (x > width) | (y > height)
+        if outside.any():
+            at = f"{x[outside][0].item():g}, {y[outside][0].item():g}"
+            raise ConfigError(f"A mark is at x, y = {at}, outside an image {width} wide and {height} high; {advice}")
+    if marks.boxes is not None:
+        boxes = marks.boxes if marks.has_box is None else marks.boxes[marks.has_box]
+        x0, y0, x1, y1 = boxes.float().cpu().flatten(0, -2).unbind(-1)
+        outside = (x1 < 0) | (y1 < 0) | (x0 > width) | (y0 > height)
+        if outside.any():
+            at = ", ".join(f"{side[outside][0].item():g}" for side in (x0, y0, x1, y1))
+            raise ConfigError(f"A box is {at}, outside an image {width} wide and {height} high; {advice}")

@@ -251,9 +251,11 @@ class ProxyPrompt(nn.Module):
             distances = [distance for distance in distances if distance > _COPY]
         if not distances:  # one support, or its copies
             distances = [keys.new_tensor(_ALONE)]
-        self.context_keys, self.context_values = keys[keep], values[keep]
-        self.context_reference = torch.stack(distances).median()[None].clamp_min(_LEAST_DISTANCE)
-        self.context_print = self.fingerprint().to(keys.device)
+        reference = torch.stack(distances).median()[None].clamp_min(_LEAST_DISTANCE)
+        with torch.inference_mode(False):  # copies that a later pass with gradients may save
+            self.context_keys, self.context_values = keys[keep].clone(), values[keep].clone()
+            self.context_reference = reference.clone()
+            self.context_print = self.fingerprint().to(keys.device).clone()
         self._checked = self._versions()
 
     def clear_context(self) -> None:

@@ -52,13 +52,21 @@ class Prompts(NamedTuple):
         """(B, N), or ``None`` if there is nothing.
 
         Raises:
-            ConfigError: the parts disagree.
+            ConfigError: the parts disagree, or a mask does not hold logits.
         """
         shapes = {tuple(x.shape[:2]) for x in self if x is not None}
         if len(shapes) > 1:
             raise ConfigError(f"The prompts disagree on (images, objects): {sorted(shapes)}.")
         if (self.points is None) != (self.labels is None):
             raise ConfigError("Points need labels (1 on the object, 0 off it), and labels need points.")
+        for name in ("box", "mask"):
+            part, counts = (self.boxes, self.has_box) if name == "box" else (self.masks, self.has_mask)
+            if part is None and counts is not None:
+                raise ConfigError(f"has_{name} tells which {name} counts, and there is none.")
+        if self.masks is not None and not self.masks.is_floating_point():
+            raise ConfigError(
+                f"A mask prompt holds {self.masks.dtype}; expected logits (above 0 on the object), as 20 * mask - 10."
+            )
         return shapes.pop() if shapes else None
 
     def to(self, device: torch.device | str) -> Prompts:

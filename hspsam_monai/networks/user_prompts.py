@@ -113,9 +113,9 @@ def _spread(mask: np.ndarray, count: int) -> np.ndarray:
 
 
 def _object(index: int, objects: int) -> int:
-    if not 1 <= index <= objects:
-        raise ConfigError(f"A mark is for object {index}; expected 1 to {objects}.")
-    return index - 1
+    if not (1 <= index <= objects and index == int(index)):
+        raise ConfigError(f"A mark is for object {index}; expected a whole number from 1 to {objects}.")
+    return int(index) - 1
 
 
 def _finite(*position: float) -> tuple[float, ...]:

@@ -44,6 +44,27 @@ def deep_png(path, array, colour_type):
     return path
 
 
+class TestTooLarge:
+    """More pixels than Pillow reads, whoever decodes the file."""
+
+    @pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.tif", "deep.tif", "deep.png"])
+    def test_the_reason_and_the_limit_are_named(self, tmp_path, monkeypatch, name):
+        path = tmp_path / name
+        if name == "deep.tif":
+            tifffile.imwrite(path, np.zeros((20, 30), np.uint16))
+        elif name == "deep.png":
+            deep_png(path, np.zeros((20, 30, 3), np.uint16), 2)
+        else:
+            save(path, RGB)
+        read_image(path)
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 299)
+        with pytest.raises(FileFault, match=r"more pixels than are read .* at most 598 pixels") as caught:
+            read_image(path)
+        assert caught.value.kind == "too_large"
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+        read_image(path)
+
+
 class TestReadImage:
     @pytest.mark.parametrize("suffix", ["png", "bmp", "tif", "webp"])
     def test_rgb_is_exact(self, tmp_path, suffix):

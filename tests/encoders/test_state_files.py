@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from hspsam_monai.encoders.state_files import read_state, write_state
+from hspsam_monai.encoders.state_files import halved, read_state, write_state
 from hspsam_monai.errors import WeightsError
 
 # -- reading
@@ -130,3 +130,14 @@ def test_a_really_full_disk_keeps_the_old_files(tmp_path):
     result = subprocess.run(command, check=True, capture_output=True, text=True)
     assert result.stdout.count("could not be written") == 2, result.stdout + result.stderr
     assert [path.read_bytes() for path in paths] == old and sorted(tmp_path.iterdir()) == paths
+
+
+def test_only_what_loses_nothing_is_halved():
+    state = {
+        "exact": torch.tensor([0.5, -3.0]), "fine": torch.tensor([0.1]), "large": torch.tensor([1e6]),
+        "nan": torch.tensor([float("nan")]), "ids": torch.tensor([1, 2]), "none": torch.zeros(0, 4),
+    }  # fmt: skip
+    types = {key: value.dtype for key, value in halved(state).items()}
+    wide = {"fine", "large", "nan"}
+    assert {key for key, dtype in types.items() if dtype == torch.float32} == wide and types["ids"] == torch.int64
+    assert torch.equal(halved(state)["exact"].float(), state["exact"])

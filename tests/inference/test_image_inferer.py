@@ -109,10 +109,34 @@ def test_each_mirror_image_may_have_its_own_size(probe):
     torch.testing.assert_close(found, expected)
 
 
-@pytest.mark.parametrize(("size", "scales"), [(64, ()), (64, (1, 0)), (64, (1,) * 5), (None, (1, 1.2))])
+NO_SCALES = [(), (1, 0), (1,) * 5, (float("nan"),), (1, float("inf")), 1.2, "11", (True,), ("1",)]
+
+
+@pytest.mark.parametrize(("size", "scales"), [*((64, scales) for scales in NO_SCALES), (None, (1, 1.2))])
 def test_scales_that_make_no_sense_are_refused(size, scales):
     with pytest.raises(ConfigError, match="scales is"):
         ImageInferer(size, flips=True, scales=scales)
+
+
+@pytest.mark.parametrize("size", [0, -32, 100, 64.0, True, (64, 96), "64"])
+def test_sizes_that_no_network_takes_are_refused(size):
+    with pytest.raises(ConfigError, match="image_size is"):
+        ImageInferer(size)
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        (torch.randint(0, 256, (1, 3, 64, 64), dtype=torch.uint8), "torch.uint8; expected floating"),
+        (torch.rand(1, 3, 64, 64) * 255, "expected \\[0, 1\\]"),
+        (torch.rand(1, 3, 64, 64) - 1, "expected \\[0, 1\\]"),
+    ],
+)
+@pytest.mark.parametrize("flips", [False, True])
+def test_values_of_another_range_are_refused(probe, image, message, flips):
+    with pytest.raises(ConfigError, match=message):
+        ImageInferer(32, flips=flips)(image, probe)
+    assert not probe.seen
 
 
 @torch.no_grad()

@@ -55,6 +55,15 @@ def test_masks_of_others_are_never_replaced_and_ours_are(tmp_path):
     assert read_mask(tmp_path / "b.png", 3).max() == 2
 
 
+def test_a_mask_of_more_pixels_than_pillow_reads_is_none_of_ours(tmp_path, monkeypatch):
+    (tmp_path / "in").mkdir()
+    SaveMaskd(tmp_path, tmp_path / "in")(item(tmp_path / "in" / "a.jpg", "a", torch.ones(1, 20, 30)))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 200)
+    save = SaveMaskd(tmp_path, tmp_path / "in", tolerant=True)
+    save(item(tmp_path / "in" / "a.jpg", "a", torch.ones(1, 20, 30)))
+    assert [case for case, _ in save.failures] == ["a"]
+
+
 def test_twins_do_not_overwrite_each_other(tmp_path):
     (tmp_path / "in").mkdir()
     save = SaveMaskd(tmp_path / "out", tmp_path / "in")

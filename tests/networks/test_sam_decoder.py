@@ -81,5 +81,10 @@ def test_disagreeing_prompts_are_refused(decoder):
         Prompts(boxes=torch.zeros(2, 1, 4), masks=torch.zeros(1, 1, 8, 8)).shape()
     with pytest.raises(ConfigError, match="labels"):
         Prompts(points=torch.zeros(1, 1, 1, 2)).shape()
+    for name in ("has_box", "has_mask"):
+        with pytest.raises(ConfigError, match=f"{name} tells which"):
+            Prompts(**{name: torch.ones(1, 1).bool()}).shape()
+    with pytest.raises(ConfigError, match=r"torch\.bool; expected logits"):
+        Prompts(masks=torch.ones(1, 1, 8, 8).bool()).shape()
     with pytest.raises(ConfigError, match="3 images"):
         decoder(torch.randn(2, 256, *GRID), Prompts(boxes=torch.zeros(3, 1, 4)))

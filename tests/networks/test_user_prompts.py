@@ -44,7 +44,8 @@ def test_marks_of_several_objects_share_one_batch():
 @pytest.mark.parametrize(
     ("marks", "message"),
     [
-        ({"clicks": [(3, 1, 1, 1)]}, "object 3; expected 1 to 2"),
+        ({"clicks": [(3, 1, 1, 1)]}, "object 3; expected a whole number from 1 to 2"),
+        ({"clicks": [(1.5, 1, 1, 1)]}, "object 1.5; expected a whole number from 1 to 2"),
         ({"clicks": [(1, 1, 1, 2)]}, "label 2"),
         ({"boxes": [(1, 0, 0, 1, 1), (1, 0, 0, 2, 2)]}, "two boxes"),
         ({"scribbles": [(1, np.zeros((4, 4), bool), 1)]}, "empty"),
@@ -131,6 +132,32 @@ def test_marks_are_scaled_with_the_image_and_not_mirrored():
     assert ImageInferer(64, "float32", flips=True)(large, network, prompts=user_prompts(1)).shape == (1, 2, 96, 192)
     with pytest.raises(ConfigError, match="no mirror images"):
         ImageInferer(64, "float32", flips=True)(large, network, prompts=marks)
+    for flips in (False, True):  # by position they would be neither scaled nor refused
+        with pytest.raises(ConfigError, match="name them"):
+            ImageInferer(64, "float32", flips=flips)(large, network, marks)
+
+
+@pytest.mark.parametrize(
+    ("marks", "message"),
+    [
+        ({"clicks": [(1, 20, 20, 1), (1, 60, 150, 1)]}, "x, y = 60, 150, outside an image 192 wide and 96 high"),
+        ({"clicks": [(2, -2, 20, 0)]}, "x, y = -2, 20"),
+        ({"scribbles": [(1, [[0, 0], [500, 0]], 1)]}, "x, y = 250, 0"),
+        ({"boxes": [(1, 10, 10, 20, 20), (2, 10, 120, 20, 150)]}, "box is 10, 120, 20, 150, outside an image 192"),
+    ],
+)
+@torch.no_grad()
+def test_marks_outside_the_image_are_refused(marks, message):
+    network = SAMSP("mobile_sam", image_size=64, num_classes=3, steps=0).eval()
+    with pytest.raises(ConfigError, match=message):
+        ImageInferer(64, "float32")(torch.rand(1, 3, 96, 192), network, prompts=user_prompts(2, **marks))
+
+
+@torch.no_grad()
+def test_marks_on_the_border_and_boxes_across_it_are_taken():
+    network = SAMSP("mobile_sam", image_size=64, num_classes=3, steps=0).eval()
+    marks = user_prompts(2, clicks=[(1, 0, 0, 1), (1, 191, 95, 0)], boxes=[(1, -5, -5, 300, 40)])
+    assert ImageInferer(64, "float32")(torch.rand(1, 3, 96, 192), network, prompts=marks).isfinite().all()
 
 
 @pytest.mark.parametrize(("classes", "given"), [(2, (1, 2)), (3, (1, 1)), (2, (2, 1))])
