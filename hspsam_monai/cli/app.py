@@ -116,7 +116,7 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --output.")] = False,
     no_check: Annotated[bool, typer.Option("--no-check", help="Do not look through the data set first.")] = False,
 ) -> None:
-    """Check a data set, then train on it. The best model is OUTPUT/model.pt."""
+    """Check a data set, then train on it. OUTPUT/model.pt is of the best epoch, with keep=last of the last."""
     from hspsam_monai.cli import workflows
     from hspsam_monai.cli.options import parse_overrides
 
@@ -130,7 +130,7 @@ def train(
         check=not no_check,
         overrides=parse_overrides(pairs or []),
     )
-    say(f"{best}: the best model. Try: hspsam segment IMAGES MASKS --model {output}", "green")
+    say(f"{best}: the model. Try: hspsam segment IMAGES MASKS --model {output}", "green")
 
 
 @app.command()

@@ -97,7 +97,7 @@ def require_good_data(data: str | Path, labels: Mapping[str, int], num_classes: 
     """Look through a data set; list its faults and refuse it if there are any.
 
     Raises:
-        DataError: there is at least one fault.
+        DataError: there is at least one fault, or a volume.
     """
     from hspsam_monai.data import check_dataset
 
@@ -108,5 +108,10 @@ def require_good_data(data: str | Path, labels: Mapping[str, int], num_classes: 
         tell(report.table())
         raise DataError(
             f"{data} has faults ({len(report.faults)}), listed above. Mend them (train --no-check goes on regardless)."
+        )
+    if volumes := report.counts.get("volumes", 0):
+        raise DataError(
+            f"{data}: found {volumes} volumes; expected pictures to train on. Export the slices, such as PNG, to "
+            "images/ and masks/."
         )
     logger.info("Checked %d cases: no faults, %d warnings.", report.counts.get("cases", 0), len(report.warnings))

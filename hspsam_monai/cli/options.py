@@ -112,12 +112,16 @@ def texts_in(value: Any) -> Iterable[str]:
             yield from texts_in(inner)
 
 
-def check_overrides(overrides: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+def check_overrides(overrides: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
     """Refuse a key that the configuration does not have and a value of another kind than its own.
+
+    Returns:
+        The overrides; whole numbers written as 1e3 or 64.0 as the integers that are expected.
 
     Raises:
         ConfigError: names close matches.
     """
+    checked = {}
     for key, value in overrides.items():
         old: Any = config
         for depth, part in enumerate(parts := key.split("::")):
@@ -136,6 +140,9 @@ def check_overrides(overrides: Mapping[str, Any], config: Mapping[str, Any]) -> 
                 )
             old = old[int(part)] if isinstance(old, list) else old[part]
         _check_kind(key, value, old)
+        whole = isinstance(old, int) and not isinstance(old, bool) and isinstance(value, float)
+        checked[key] = int(value) if whole else value
+    return checked
 
 
 def check_labels(labels: Any) -> None:

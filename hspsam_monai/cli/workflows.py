@@ -301,8 +301,7 @@ def _merged(files: Sequence[Path]) -> dict[str, Any]:
 
 
 def _checked(overrides: Mapping[str, Any] | None, config: Mapping[str, Any]) -> dict[str, Any]:
-    values = dict(overrides or {})
-    check_overrides(values, config)
+    values = check_overrides(overrides or {}, config)
     if "device" in values:
         values["device"] = device_setting(str(values["device"]))
     return values

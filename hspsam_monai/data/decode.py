@@ -16,6 +16,7 @@ import numpy as np
 import tifffile
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from hspsam_monai.data.layouts import VOLUME_SUFFIXES
 from hspsam_monai.errors import DataError
 
 _ORIENTATION = 274  # tag number shared by EXIF and TIFF
@@ -100,6 +101,10 @@ def decode(path: str | Path, *, indices: bool = False) -> Picture:
     except Image.DecompressionBombError as error:
         raise _too_large(path, str(error)) from error
     except UnidentifiedImageError as error:
+        if path.name.lower().endswith(VOLUME_SUFFIXES):
+            raise FileFault(
+                path, "volume", "a volume", "a picture", "Export its slices as pictures, such as PNG."
+            ) from error
         raise FileFault(
             path, "unreadable", "no known picture format", "PNG, JPEG, TIFF, BMP or WebP", "Export it again."
         ) from error

@@ -44,7 +44,7 @@ def load_pretrained(network: nn.Module, source: str | Path | Sequence[str | Path
 
 def _load_start(network: nn.Module, source: str | Path | None) -> KeyReport | None:
     if not source:
-        logger.warning("No pretrained weights given: the network starts from random values.")
+        logger.warning("No pretrained weights given: a new run starts from random values.")
         return None
     path = locate_verified(source)
     state = read_state(path)

@@ -16,10 +16,10 @@ from torch import nn
 from hspsam_monai.encoders.state_files import write_state
 from hspsam_monai.errors import ConfigError, TrainingError, WeightsError
 from hspsam_monai.files import atomic_write
+from hspsam_monai.training.output_folder import BEST, CURVE, LAST
+from hspsam_monai.training.record import write_configuration
 
 logger = logging.getLogger(__name__)
-
-LAST, BEST, CURVE = "last.pt", "model.pt", "learning_curve.csv"
 
 
 class Checkpointer:
@@ -86,7 +86,7 @@ class Checkpointer:
         engine.add_event_handler(Events.EPOCH_COMPLETED, self.save)
 
     def load(self, engine: Engine) -> None:
-        """Restore everything from ``last.pt`` when asked to resume."""
+        """Restore everything from ``last.pt`` when asked to resume; only then is the new configuration recorded."""
         if not self.resume:
             return
         path = self.folder / LAST
@@ -118,6 +118,8 @@ class Checkpointer:
         engine.state.iteration = state["iteration"]
         _advance_counters(engine)
         logger.info("Resumed from %s after epoch %d (best %.4f).", path, state["epoch"], self.best)
+        if self.rank == 0:
+            write_configuration(self.folder)
         if self._finished():
             engine.terminate()
 

@@ -148,16 +148,18 @@ class FeatureDataset(Dataset):
         if world > 1:
             dist.barrier()  # all have looked before the first writes
         self._require_storable(network, wanted, missing)
+        # By place, not by position in the list: another run may have written between the processes' looks.
+        mine = [(view, index) for view, index in missing if (view * len(self.data) + index) % world == rank]
         total = sum(map(len, wanted))
         if missing:
             logger.info("Features in %s: %d of %d are there.", self.folder, total - len(missing), total)
-            self._compute(network, wanted, missing[rank::world], len(missing), workers)
+            self._compute(network, wanted, mine, len(missing), workers)
         else:
             logger.info("Features in %s: all %d are there.", self.folder, total)
         if world > 1:
             dist.barrier()
         self._paths = wanted
-        return len(missing[rank::world])
+        return len(mine)
 
     def _require_storable(
         self, network: nn.Module, paths: list[list[Path]], missing: Sequence[tuple[int, int]]

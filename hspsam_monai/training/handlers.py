@@ -139,7 +139,7 @@ class FiniteGuard:
         """Refuse a loss that is NaN or infinite."""
         loss = engine.state.output["loss"]
         if not torch.isfinite(loss):
-            raise TrainingError(self._message("loss", float(loss), engine))
+            raise TrainingError(self._message("loss", float(loss.detach()), engine))
 
     def check_gradient(self, engine: Engine) -> None:
         """Refuse gradients that are NaN or infinite, and clip them when the optimiser is about to step."""

@@ -6,14 +6,15 @@ from pathlib import Path
 
 from hspsam_monai.data.layouts import DECATHLON_FILE, is_folder_set
 from hspsam_monai.errors import ConfigError, TrainingError
-from hspsam_monai.training.checkpoints import BEST, LAST
 
+#: A training's files: the state to resume from, the model, the curve.
+LAST, BEST, CURVE = "last.pt", "model.pt", "learning_curve.csv"
 #: What tells a folder of results, see :func:`hspsam_monai.training.write_record`.
 RECORD = "environment.json"
 #: What tells a folder that holds a trained model.
 MODELS = (LAST, BEST)
 #: What a run writes besides its record; without one they are someone else's.
-_OWN = ("config.json", "network.json", "splits.json", "cases.csv", "summary.json", "gallery.html")
+_OWN = ("config.json", "network.json", "splits.json", "cases.csv", "summary.json", "gallery.html", CURVE)
 
 #: Folders of images and of labels inside a data set.
 PARTS = ("images", "masks", "imagesTr", "imagesTs", "labelsTr", "labelsTs")
@@ -55,15 +56,15 @@ def check_output(folder: str | Path, resume: bool | None = None) -> None:
                 f"{folder} holds a model ({found[0]}), whose configuration and splits would be overwritten; expected "
                 "another folder for results, such as one inside it."
             )
-        foreign = [name for name in _OWN if (path / name).exists() and not (path / RECORD).is_file()]
-        if foreign:
-            raise ConfigError(
-                f"{folder} holds {', '.join(foreign)} and no {RECORD}, so no results of before; they would be "
-                "overwritten. Expected another folder for results."
-            )
     elif resume and MODELS[0] not in found:
         raise TrainingError(f"Nothing to resume: {path / MODELS[0]} does not exist. Start without --resume.")
     elif not resume and MODELS[0] in found:
         raise TrainingError(f"{folder} holds an earlier run. Go on with --resume, or choose another --output.")
     elif not resume and found:
         raise TrainingError(f"{folder} holds a model ({found[0]}) that would be overwritten. Choose another --output.")
+    foreign = [] if resume else [n for n in _OWN if (path / n).exists() and not (path / RECORD).is_file()]
+    if foreign:
+        raise ConfigError(
+            f"{folder} holds {', '.join(foreign)} and no {RECORD}, so no results of before; they would be "
+            "overwritten. Expected another folder for results."
+        )

@@ -50,7 +50,8 @@ def write_record(
     Args:
         folder: output folder, created if missing.
         cases: split name -> list of case dictionaries.
-        resume: the run goes on; its cases must still be those of ``splits.json``.
+        resume: the run goes on; its cases must still be those of ``splits.json``. The other files are then written once
+            its state was restored (:func:`write_configuration`): one that is refused leaves all as it was.
 
     Raises:
         DataError: a run that goes on has other cases; nothing is written then.
@@ -61,21 +62,32 @@ def write_record(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    files: dict[str, Any] = {RECORD: environment()}
+    workflow = running_workflow()
+    # A run of an earlier version carries its own call, without `resume`.
+    resume = resume or (workflow is not None and workflow.parser.config.get("resume") is True)
+    if cases is not None:
+        splits = {name: [case["case"] for case in items] for name, items in cases.items()}
+        if resume and (folder / SPLITS_FILE).is_file():
+            _check_splits(folder / SPLITS_FILE, splits)
+        else:
+            _write(folder / SPLITS_FILE, splits)
+    if not resume:
+        write_configuration(folder)
+
+
+def write_configuration(folder: Path) -> None:
+    """Write ``environment.json`` and, inside a workflow, ``config.json`` and ``network.json``."""
+    _write(folder / RECORD, environment())
     workflow = running_workflow()
     if workflow is not None:
         config = dict(workflow.parser.config)
-        files["config.json"] = config
-        files[OVERLAY] = {key: config[key] for key in NETWORK_KEYS if key in config}
-    if cases is not None:
-        files[SPLITS_FILE] = {name: [case["case"] for case in items] for name, items in cases.items()}
-        # A run of an earlier version carries its own call, without `resume`.
-        resume = resume or (workflow is not None and workflow.parser.config.get("resume") is True)
-        if resume and (folder / SPLITS_FILE).is_file():
-            _check_splits(folder / SPLITS_FILE, files[SPLITS_FILE])
-    for name, content in files.items():
-        with atomic_write(folder / name) as temporary:
-            temporary.write_text(json.dumps(content, indent=1, default=str) + "\n")
+        _write(folder / "config.json", config)
+        _write(folder / OVERLAY, {key: config[key] for key in NETWORK_KEYS if key in config})
+
+
+def _write(path: Path, content: Any) -> None:
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1, default=str) + "\n")
 
 
 def _check_splits(file: Path, now: Mapping[str, Sequence[str]]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 
 import torch
 from torch import nn
@@ -72,4 +73,14 @@ def warmup_poly(
             return (step + 1) / warmup
         return max(0.0, 1.0 - (step - warmup) / span) ** power
 
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    return _EveryIteration(optimizer, factor)
+
+
+class _EveryIteration(torch.optim.lr_scheduler.LambdaLR):
+    """Steps with every batch, also while gradients of several add up, of which PyTorch warns."""
+
+    def step(self, epoch: int | None = None) -> None:
+        """Go to the next rate."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
+            super().step(epoch)

@@ -2,7 +2,7 @@
 
 from hspsam_monai.transforms.camera import RandCamera, RandCamerad, RandEmptyCropd
 from hspsam_monai.transforms.doubtful import DropDoubtfuld, drop_doubtful
-from hspsam_monai.transforms.resize import FitToNetworkd, fit_image
+from hspsam_monai.transforms.resize import FitToNetworkd, RequireSameSized, fit_image
 
 __all__ = [
     "DropDoubtfuld",
@@ -10,6 +10,7 @@ __all__ = [
     "RandCamera",
     "RandCamerad",
     "RandEmptyCropd",
+    "RequireSameSized",
     "drop_doubtful",
     "fit_image",
 ]

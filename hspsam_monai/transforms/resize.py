@@ -11,6 +11,8 @@ from monai.transforms import MapTransform
 from torch import Tensor
 from torch.nn import functional as F
 
+from hspsam_monai.errors import DataError
+
 
 def fit_image(image: Tensor, size: int) -> Tensor:
     """Resize (B, C, H, W) to ``size`` x ``size``: bilinear with antialiasing, aspect ratio not kept (HSP-SAM)."""
@@ -41,6 +43,31 @@ class FitToNetworkd(MapTransform):
             label = plain(data[self.label_key])[None]
             data[self.label_key] = F.interpolate(label, (self.image_size, self.image_size), mode="nearest-exact")[0]
         return data
+
+
+class RequireSameSized(MapTransform):
+    """Refuse a case whose label is of another size than its image: both would be stretched, and fit nowhere.
+
+    Args:
+        image_key: key of the image (C, H, W).
+        label_key: key of the label (1, H, W).
+
+    Raises:
+        DataError: names the case and both sizes.
+    """
+
+    def __init__(self, image_key: str = "image", label_key: str = "label") -> None:
+        super().__init__([image_key, label_key])
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Pass one case on as it is."""
+        (height, width), (h, w) = (data[key].shape[-2:] for key in self.keys)
+        if (h, w) != (height, width):
+            raise DataError(
+                f"{data.get('case', 'A case')}: found a mask of {w} x {h} pixels for an image of {width} x {height}; "
+                "expected equal sizes. Export it again."
+            )
+        return dict(data)
 
 
 def plain(x: Tensor) -> Tensor:

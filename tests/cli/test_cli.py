@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nibabel
 import numpy as np
 import pytest
 from PIL import Image
@@ -141,6 +142,13 @@ class TestOptions:
         with pytest.raises(ConfigError, match=words):
             check_overrides({key: value}, config)
 
+    def test_whole_numbers_may_be_written_with_a_point(self):
+        config = {"seed": 0, "lr": 0.1, "resume": False, "network_def": {"size": 64}, "scales": [1]}
+        given = {"seed": 1e3, "lr": 1.0, "network_def::size": 32.0, "scales": [1.0]}
+        found = check_overrides(given, config)
+        assert found == given and type(found["seed"]) is int and type(found["network_def::size"]) is int
+        assert type(found["lr"]) is float
+
     def test_arguments_of_a_class_may_be_added(self):
         check_overrides({"network_def::dropout": 0.1}, {"network_def": {"_target_": "X"}})
 
@@ -255,6 +263,20 @@ class TestTrain:
     def test_typo_in_key(self, phantoms: Path, tmp_path: Path):
         result = hspsam("train", "--data", phantoms, "--output", tmp_path / "run", "epoch=1", code=2)
         assert "Did you mean epochs?" in result.stderr
+
+    def test_volumes_are_refused_before_anything_is_built(self, tmp_path: Path):
+        for part in ("imagesTr", "labelsTr"):
+            (tmp_path / "set" / part).mkdir(parents=True)
+            values = np.zeros((8, 8, 4), np.uint8)
+            values[2:5, 2:5, 1] = part == "labelsTr"
+            for name, shade in (("a", 1), ("b", 2)):
+                values[0, 0, 0] = shade if part == "imagesTr" else 0
+                nibabel.save(nibabel.Nifti1Image(values, np.eye(4)), tmp_path / "set" / part / f"{name}.nii.gz")
+        pairs = [{"image": f"imagesTr/{name}.nii.gz", "label": f"labelsTr/{name}.nii.gz"} for name in "ab"]
+        (tmp_path / "set" / "dataset.json").write_text(json.dumps({"training": pairs}))
+        words = ["train", "--data", tmp_path / "set", "--output", tmp_path / "run", "--pretrained", "none", *TINY]
+        assert "found 2 volumes; expected pictures" in hspsam(*words, code=1).stderr
+        assert "found a volume; expected a picture. Export its slices" in hspsam(*words, "--no-check", code=1).stderr
 
     def test_unknown_network(self, phantoms: Path, tmp_path: Path):
         result = hspsam("train", "--data", phantoms, "--output", tmp_path, "--network", "hsp_same", code=2)

@@ -1,6 +1,7 @@
 """What a run leaves behind, and what stops it: checkpoints, best model, patience, refusals."""
 
 import csv
+import json
 
 import pytest
 import torch
@@ -68,6 +69,31 @@ def test_a_run_goes_on_with_its_own_number_of_steps(train):
     assert isinstance(root(caught.value), TrainingError)
     assert f"of a run with {steps} iterations an epoch, and this one has {steps // 2}" in str(root(caught.value))
     assert len(train(epochs=2, batch_size=1, resume=True).start().losses) == steps
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"batch_size": 1},
+        {"precision": "bf16"},
+        {"labels": {"background": 0, "a": 1, "b": 2}},
+        {"network_def::decoder": "paper"},
+    ],
+)
+def test_a_refused_resume_leaves_the_run_as_it_was(train, changed):
+    """Its configuration is what a plain --resume goes on with, and network.json what the model is read by."""
+    first = train(epochs=1).start()
+    before = {p.name: p.read_bytes() for p in first.folder.iterdir() if p.suffix in (".json", ".pt", ".csv")}
+    with pytest.raises(Exception, match=r"\w"):
+        train(epochs=2, resume=True, **changed).start()
+    assert {name: (first.folder / name).read_bytes() for name in before} == before
+    assert train(epochs=2, resume=True).start().losses
+    assert json.loads((first.folder / "config.json").read_text())["epochs"] == 2
+
+
+def test_gradients_that_add_up_warn_of_nothing(train, recwarn):
+    train(epochs=1, accumulation_steps=3).start()
+    assert not [w for w in recwarn if "lr_scheduler.step" in str(w.message)]
 
 
 def test_a_run_of_other_parameter_groups_does_not_go_on(train):

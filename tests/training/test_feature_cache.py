@@ -229,6 +229,25 @@ def test_interrupted_filling_goes_on_where_it_stopped(network, cases, tmp_path, 
         assert (tmp_path / "broken" / path.name).read_bytes() == path.read_bytes()
 
 
+def test_processes_that_see_different_gaps_leave_none(network, cases, tmp_path, monkeypatch):
+    """Another run that shares the folder may write between their looks."""
+    shared = features(cases, tmp_path / "shared")
+    files = [path for paths in shared.paths(network) for path in paths]
+    features(cases, tmp_path / "alone").fill(network)
+    monkeypatch.setattr(feature_cache.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(feature_cache.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(feature_cache.dist, "barrier", lambda: None)
+    for rank in (0, 1):
+        monkeypatch.setattr(feature_cache.dist, "get_rank", lambda rank=rank: rank)
+        seen = features(cases, tmp_path / "shared")
+        if rank:  # what is there now was not there when this process looked, but for another run's first file
+            gaps = [(view, index) for view in range(2) for index in range(3)][1:]
+            monkeypatch.setattr(seen, "_missing", lambda _, gaps=gaps: gaps)
+        assert seen.fill(network) == 3
+    assert all(path.is_file() for path in files)
+    assert names(tmp_path / "shared") == names(tmp_path / "alone")
+
+
 def test_damaged_files_are_made_anew(network, cases, tmp_path, caplog):
     features(cases, tmp_path).fill(network)
     whole = {path: path.read_bytes() for path in sorted(tmp_path.iterdir())}

@@ -51,8 +51,9 @@ def test_a_run_that_was_stopped_before_its_first_epoch_ended_may_be_begun_anew(t
     check_output(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["config.json", "splits.json", "cases.csv", "summary.json"])
-def test_files_of_others_that_are_called_like_a_runs_are_spared(tmp_path, name):
+@pytest.mark.parametrize("name", ["config.json", "splits.json", "cases.csv", "summary.json", "learning_curve.csv"])
+@pytest.mark.parametrize("resume", [None, False])
+def test_files_of_others_that_are_called_like_a_runs_are_spared(tmp_path, name, resume):
     (tmp_path / name).touch()
     with pytest.raises(ConfigError, match=rf"holds {name} and no environment.json"):
-        check_output(tmp_path)
+        check_output(tmp_path, resume)
