@@ -18,7 +18,7 @@ from ignite.engine import Engine, Events
 from monai.engines.utils import IterationEvents
 from torch import Tensor, nn
 
-from hspsam_monai.data import TolerantDataset, read_image, read_mask
+from hspsam_monai.data import TolerantDataset, case_name, read_image, read_mask
 from hspsam_monai.errors import DataError
 from hspsam_monai.inference import Closeness, SaveMaskd
 from hspsam_monai.networks.proxy_prompt import FAR
@@ -266,7 +266,7 @@ def raise_failures(dataset: TolerantDataset, saver: SaveMaskd | None = None) -> 
     failures = dataset.failures + ([] if saver is None else saver.failures)
     if not failures:
         return
-    images = {} if saver is None else {case["case"]: case["image"] for case in dataset.data}
+    images = {} if saver is None else {case_name(case): case["image"] for case in dataset.data}
     listing = ""
     for case, reason in failures:
         listing += f"\n  {case}: {reason}"
@@ -290,7 +290,11 @@ def _indices(mask: Tensor) -> np.ndarray:
 def _names(engine: Engine) -> list[str]:
     """The cases of the batch that an evaluator is at."""
     batch = engine.state.batch
-    return list(batch["case"]) if isinstance(batch, dict) else [item["case"] for item in batch]
+    if not isinstance(batch, dict):
+        return [case_name(item) for item in batch]
+    if "case" in batch:
+        return list(batch["case"])
+    return [case_name({"image": path}) for path in batch["image"].meta["filename_or_obj"]]
 
 
 def _gone() -> np.ndarray:

@@ -1,6 +1,6 @@
 """Files to cases: pairing, splits, picture readers, the check before training, phantoms."""
 
-from hspsam_monai.data.cases import find_cases
+from hspsam_monai.data.cases import case_name, find_cases
 from hspsam_monai.data.check import check_dataset
 from hspsam_monai.data.datasets import SeededDataset, SeededSampler, TolerantDataset
 from hspsam_monai.data.few import draw_cases, few_cases
@@ -17,6 +17,7 @@ __all__ = [
     "SeededDataset",
     "SeededSampler",
     "TolerantDataset",
+    "case_name",
     "check_dataset",
     "draw_cases",
     "few_cases",

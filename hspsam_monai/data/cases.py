@@ -96,6 +96,19 @@ def find_cases(
     return sorted(cases, key=lambda case: case["case"])
 
 
+def case_name(case: Mapping[str, Any]) -> str:
+    """Name of a case: its own, else the stem of its picture's file, since lists of others (MONAI Label's) give none.
+
+    Args:
+        case: as listed, its ``image`` a path or several; or as loaded, its ``image`` a MetaTensor.
+    """
+    if case.get("case") is not None:
+        return str(case["case"])
+    image = case["image"]
+    path = image.meta["filename_or_obj"] if hasattr(image, "meta") else image
+    return Path(str(path[0] if isinstance(path, list | tuple) else path)).stem
+
+
 def has_splits(root: str | Path) -> bool:
     """Whether a data set says which cases are trained on; if not, ``find_cases`` draws."""
     root = Path(root).expanduser()

@@ -14,6 +14,7 @@ import torch
 from monai.data import Dataset
 from torch.utils.data import IterableDataset, Sampler
 
+from hspsam_monai.data.cases import case_name
 from hspsam_monai.errors import ConfigError, HspsamError
 
 logger = logging.getLogger(__name__)
@@ -146,8 +147,8 @@ class TolerantDataset(IterableDataset):
                 reason = _root_reason(error)
                 if reason is None:
                     raise
-                logger.error("Left out %s: %s", case.get("case", case.get("image")), reason)
-                self.failures.append((str(case.get("case", case.get("image"))), reason))
+                logger.error("Left out %s: %s", case_name(case), reason)
+                self.failures.append((case_name(case), reason))
                 continue
             yield item
 

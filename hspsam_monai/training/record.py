@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 import hspsam_monai
+from hspsam_monai.data import case_name
 from hspsam_monai.data.layouts import SPLITS_FILE
 from hspsam_monai.errors import DataError
 from hspsam_monai.files import atomic_write
@@ -66,7 +67,7 @@ def write_record(
     # A run of an earlier version carries its own call, without `resume`.
     resume = resume or (workflow is not None and workflow.parser.config.get("resume") is True)
     if cases is not None:
-        splits = {name: [case["case"] for case in items] for name, items in cases.items()}
+        splits = {name: [case_name(case) for case in items] for name, items in cases.items()}
         if resume and (folder / SPLITS_FILE).is_file():
             _check_splits(folder / SPLITS_FILE, splits)
         else:
