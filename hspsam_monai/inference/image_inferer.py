@@ -186,10 +186,13 @@ def _require_unit_range(image: Tensor, training: bool) -> None:
 
 
 def _require_inside(marks: Prompts, size: tuple[int, int]) -> None:
-    """Refuse points outside the image (H, W), and boxes that do not touch it: x and y may be exchanged."""
+    """Refuse unknown labels, points outside the image (H, W) and boxes that do not touch it (x and y exchanged)."""
     height, width = size
     advice = "x comes before y, in pixels of the image given."
     if marks.points is not None:
+        wrong = [int(label) for label in marks.labels.unique() if label not in (1, 0, -1, ABSENT)]
+        if wrong:
+            raise ConfigError(f"A point has the label {wrong[0]}; expected 1 (on the object) or 0 (off it).")
         x, y = marks.points[marks.labels != ABSENT].float().cpu().unbind(-1)
         outside = (x < -1) | (y < -1) | (x > width) | (y > height)
         if outside.any():

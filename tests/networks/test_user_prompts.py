@@ -153,6 +153,14 @@ def test_marks_outside_the_image_are_refused(marks, message):
         ImageInferer(64, "float32")(torch.rand(1, 3, 96, 192), network, prompts=user_prompts(2, **marks))
 
 
+@pytest.mark.parametrize("label", [2, -3])
+def test_points_of_unknown_labels_are_refused(label):
+    marks = Prompts(points=torch.ones(1, 1, 1, 2), labels=torch.full((1, 1, 1), label))
+    network = SAMSP("mobile_sam", image_size=64, steps=0).eval()
+    with pytest.raises(ConfigError, match=f"label {label}; expected 1"):
+        ImageInferer(64, "float32")(torch.rand(1, 3, 64, 64), network, prompts=marks)
+
+
 @torch.no_grad()
 def test_marks_on_the_border_and_boxes_across_it_are_taken():
     network = SAMSP("mobile_sam", image_size=64, num_classes=3, steps=0).eval()
