@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-# Waiting threads sleep instead of spinning, so a busy machine does not stall the suite; read as torch is loaded.
+# Waiting threads soon sleep, so a busy machine does not stall the suite; read as torch is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import torch
 

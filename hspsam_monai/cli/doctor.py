@@ -145,8 +145,10 @@ def _device() -> Iterator[Line]:
 def _machine() -> Iterator[Line]:
     import torch
 
-    policy = os.environ.get("OMP_WAIT_POLICY", "not set")
-    yield Line("cores", f"{os.cpu_count()}; {torch.get_num_threads()} threads, waiting threads {policy.lower()}")
+    policy = os.environ.get("OMP_WAIT_POLICY", "not set").lower()
+    spin = os.environ.get("GOMP_SPINCOUNT")
+    policy += f" after {spin} rounds" if spin else ""
+    yield Line("cores", f"{os.cpu_count()}; {torch.get_num_threads()} threads, waiting threads {policy}")
     memory = available_memory()
     if memory is not None:
         low = memory < _MIN_MEMORY * _GIB

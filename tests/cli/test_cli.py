@@ -34,13 +34,24 @@ class TestFace:
         )
         subprocess.run([sys.executable, "-c", code], check=True)
 
-    @pytest.mark.parametrize("own", [None, "ACTIVE"])
-    def test_waiting_threads_sleep_unless_the_user_says_otherwise(self, own: str | None):
-        code = "import os; from hspsam_monai.cli import prepare; prepare(); print(os.environ['OMP_WAIT_POLICY'])"
-        environment = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"}
-        environment |= {"OMP_WAIT_POLICY": own} if own else {}
+    @pytest.mark.parametrize(
+        ("own", "expected"),
+        [
+            ({}, ["PASSIVE", "1000"]),
+            ({"OMP_WAIT_POLICY": "ACTIVE"}, ["ACTIVE", "None"]),
+            ({"OMP_WAIT_POLICY": "PASSIVE"}, ["PASSIVE", "None"]),
+            ({"GOMP_SPINCOUNT": "7"}, ["PASSIVE", "7"]),
+        ],
+    )
+    def test_waiting_threads_spin_briefly_unless_the_user_says_otherwise(self, own: dict, expected: list[str]):
+        code = (
+            "import os; from hspsam_monai.cli import prepare; prepare()\n"
+            "print(os.environ['OMP_WAIT_POLICY'], os.environ.get('GOMP_SPINCOUNT'))"
+        )
+        settings = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+        environment = {key: value for key, value in os.environ.items() if key not in settings} | own
         done = subprocess.run([sys.executable, "-c", code], check=True, env=environment, capture_output=True, text=True)
-        assert done.stdout.strip() == (own or "PASSIVE")
+        assert done.stdout.split() == expected
 
     @pytest.mark.skipif(
         sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "gnu_get_libc_version"), reason="for glibc"
