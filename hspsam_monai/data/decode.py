@@ -23,7 +23,8 @@ _ORIENTATION = 274  # tag number shared by EXIF and TIFF
 _PHOTOMETRIC = 262  # its tag for what a number means
 _PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 _TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-#: Pillow refuses pictures of more pixels than twice its limit, ours as well; so it goes for every format.
+#: Pillow warns of pictures above ``MAX_IMAGE_PIXELS`` and refuses those above twice as many (PIL.Image,
+#: ``_decompression_bomb_check``), masks of our own as well; so it goes for what others decode.
 _LIMIT_FACTOR = 2
 _PNG_GREY, _PNG_GREY_ALPHA, _PNG_RGB, _PNG_RGBA = 0, 4, 2, 6
 
@@ -163,7 +164,7 @@ def _too_large(path: Path, found: str) -> FileFault:
         "too_large",
         f"a picture of more pixels than are read ({found})",
         f"at most {pixel_limit()} pixels",
-        "Cut it into parts or make it smaller; a programme may set PIL.Image.MAX_IMAGE_PIXELS.",
+        "Cut it into parts or make it smaller; a program may raise PIL.Image.MAX_IMAGE_PIXELS.",
     )
 
 

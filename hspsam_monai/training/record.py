@@ -77,7 +77,11 @@ def write_record(
 
 
 def write_configuration(folder: Path) -> None:
-    """Write ``environment.json`` and, inside a workflow, ``config.json`` and ``network.json``."""
+    """Write ``environment.json`` and, inside a workflow, ``config.json`` and ``network.json``.
+
+    Args:
+        folder: output folder, which exists; files of these names are replaced, each whole or not at all.
+    """
     _write(folder / RECORD, environment())
     workflow = running_workflow()
     if workflow is not None:
