@@ -1,8 +1,9 @@
 """Training with 16 masks: Proxy Prompt against SAM's fine-tuned mask decoder and HSP-SAM on the same 16.
 
 For each data set and each draw of the masks, every method sees the same cases with the same augmentation for the same
-number of iterations (the bundle's ``task/few_shot.json``) and keeps its last weights; nothing chooses an epoch. Scored
-on the validation split, which no method has seen.
+number of iterations (the bundle's ``task/few_shot.json``) and keeps its last weights; nothing chooses an epoch. Beside
+them stands a Proxy Prompt with the same masks as its supports and a generator that nothing has trained: what its
+readout solves in closed form. Scored on the validation split, which no method has seen.
 """
 
 from __future__ import annotations
@@ -14,13 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from common import argument_parser, cases_of, shared_folder, start_logging
 from results import machine_line, markdown_table, publish
-from scoring import MISSED, mean_over_seeds, paired_bootstrap
+from scoring import MISSED, device, image_tensor, known_dice, mean_over_seeds, paired_bootstrap, score_cases
 from slices import write_slices
-from studies import Run, Study, common_overrides, training_arguments
+from studies import Run, Study, code_digest, common_overrides, merged_config, training_arguments
 
-from hspsam_monai.data import mask_values
+from hspsam_monai.data import few_cases, mask_values, read_mask
+from hspsam_monai.networks import load_pretrained
 
 SECTION = "few-shot"
 #: Method -> overlay of its network; ``hsp`` is train.json's own.
@@ -29,6 +32,8 @@ METHODS: dict[str, str | None] = {
     "decoder": "network/sam_decoder.json",
     "hsp": None,
 }
+#: Proxy Prompt before any training: only the context is made of the masks.
+CONTEXT = "context"
 #: The method that the others are compared with.
 OURS = "proxy"
 TASK = "task/few_shot.json"
@@ -48,17 +53,22 @@ def main(argv: list[str] | None = None) -> None:
     parser.set_defaults(seeds=[0, 1, 2], image_size=IMAGE_SIZE, data=shared and shared / "data")
     parser.add_argument("--cases", type=int, default=16, help="masks to train with")
     parser.add_argument("--sets", nargs="+", default=list(SETS), metavar="FOLDER", help="data sets below --data")
-    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("--methods", nargs="+", choices=[CONTEXT, *METHODS], default=[CONTEXT, *METHODS])
     args = parser.parse_args(argv)
     start_logging()
 
     common = common_overrides(args)
     roots = {name: _pictures(args.data / name, args.output / "slices") for name in args.sets}
     tests = {name: _with_object(cases_of(root, "val")) for name, root in roots.items()}
-    keys = [(name, method, draw) for name in args.sets for draw in args.seeds for method in args.methods]
+    trained = [method for method in METHODS if method in args.methods]
+    keys = [(name, method, draw) for name in args.sets for draw in args.seeds for method in trained]
     runs = [_run(roots[name], method, draw, args.cases, common, tests[name]) for name, method, draw in keys]
     study = Study(args.output, runs)
     scores = {key: run["val"] for key, run in zip(keys, study.complete(), strict=True)}
+    if CONTEXT in args.methods:
+        for name, draw in ((name, draw) for name in args.sets for draw in args.seeds):
+            run = _run(roots[name], "proxy", draw, args.cases, common, tests[name])
+            scores[name, CONTEXT, draw] = _score_context(run, args.output, tests[name])
     table = _report(args.sets, args.methods, args.seeds, args.cases, scores)
     publish(SECTION, f"{table}\n\n{study.describe()}\n\n{machine_line()}", args)
 
@@ -71,6 +81,22 @@ def _run(
     overrides["labels"] = {"background": 0, "object": 1}
     overlays = [*([METHODS[method]] if METHODS[method] else []), TASK]
     return Run(f"{root.name}-{method}-{cases}-{draw}", overrides, overlays, {"val": test})
+
+
+def _score_context(run: Run, output: Path, tests: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Dice of each case by the run's network, untrained, with the run's masks as its supports."""
+    table = output / f"{run.name}-{CONTEXT}" / code_digest([__file__]) / "val.csv"
+    if known_dice(table, tests) is None:
+        config, given = merged_config(run.overlay, run.overrides), run.overrides
+        torch.manual_seed(given["seed"])
+        network, size = (config.get_parsed_content(key) for key in ("network_def", "image_size"))
+        load_pretrained(network, given["pretrained"])
+        network.to(device()).eval()
+        supports = few_cases(given["dataset_dir"], "train", given["train_cases"], given["seed"], network.num_classes)
+        masks = [torch.from_numpy(read_mask(case["label"], network.num_classes)) for case in supports]
+        network.set_context([image_tensor(case["image"])[0] for case in supports], masks)
+        score_cases(network, size, network.num_classes, tests, table)
+    return known_dice(table, tests)
 
 
 def _pictures(root: Path, slices: Path) -> Path:
@@ -105,8 +131,9 @@ def _report(sets: list[str], methods: list[str], draws: list[int], cases: int, s
     text = (
         f"Trained with {cases} masks, the same for every method of a draw; the last weights are kept and the "
         "validation split chooses nothing. Dice is the per-image mean at stored resolution over images with an "
-        "object. sd: of the sample of draws (other masks and another seed). decoder: SAM's mask decoder and prompt "
-        "encoder fine-tuned, image encoder frozen; hsp: the network of train.json, all of it trained."
+        "object. sd: of the sample of draws (other masks and another seed). context: Proxy Prompt with the masks as "
+        "its supports and an untrained generator; proxy: the same after training; decoder: SAM's mask decoder and "
+        "prompt encoder fine-tuned, image encoder frozen; hsp: the network of train.json, all of it trained."
     )
     return f"{markdown_table(head, rows)}\n{text}"
 

@@ -38,11 +38,13 @@ class Context(NamedTuple):
     """What the supports say, for each of B images (or 1 for all): M = K h w cells.
 
     ``keys`` (B | 1, M, C) unit vectors; ``values`` (B | 1, M, N (C + 1)) for N objects: C learned numbers, then the
-    share of the cell that the object covers, in [0, 1].
+    share of the cell that the object covers, in [0, 1]; ``rules`` (B | 1, N, D + 1) of
+    :mod:`~hspsam_monai.networks.linear_readout`, or ``None`` in a network without.
     """
 
     keys: Tensor
     values: Tensor
+    rules: Tensor | None = None
 
 
 def unit_cells(features: Tensor) -> Tensor:

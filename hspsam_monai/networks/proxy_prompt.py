@@ -4,18 +4,20 @@
     supports' masks + images, F_sup -> CSM -> values that know the mask -> E_ctx, what they say of each target cell
     F_x, E_ctx -> CCM -> proxy tokens (N objects x hw/16 x 256) -> SAM's mask decoder, in place of a click      frozen
     F_x, E_ctx -> dense prompt (N objects x 256 x h x w) -> the same, in place of a mask
-    SAM's mask, share of mask in the support cells most alike -> mask
+    SAM's mask, share of mask in the support cells most alike -> what the generator says
+    levels, F_x, supports' linear rules -> what the readout says; both -> mask
 
 Encoder and decoder are frozen; the rest learns. What depends on the supports alone is computed once
 (:meth:`ProxyPrompt.set_context`) and kept in the state dict; another task is another context, not another training.
 
 The boxes of the paper's figure are :mod:`contextual_selection` (CSM) and :mod:`contextual_colorization` (CCM);
-:mod:`dense_prompt` and :mod:`share_prior` are ours and can be left out.
+:mod:`dense_prompt`, :mod:`share_prior` and :mod:`linear_readout` are ours and can be left out.
 """
 
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,7 @@ from torch.utils.hooks import RemovableHandle
 from hspsam_monai.encoders import Encoded, build_encoder
 from hspsam_monai.encoders.constants import is_fake, probe
 from hspsam_monai.encoders.state_files import read_state, write_state
-from hspsam_monai.errors import ConfigError, DataError, WeightsError
+from hspsam_monai.errors import ConfigError, WeightsError
 from hspsam_monai.networks.arguments import check_arguments
 from hspsam_monai.networks.contextual_colorization import ContextualColorizationModule
 from hspsam_monai.networks.contextual_selection import (
@@ -39,19 +41,27 @@ from hspsam_monai.networks.contextual_selection import (
 )
 from hspsam_monai.networks.dense_prompt import DensePrompt
 from hspsam_monai.networks.layers import resize
+from hspsam_monai.networks.linear_readout import ReadoutFit, read_out, readout_levels, readout_width
 from hspsam_monai.networks.sam_decoder import WIDTH, SAMDecoder
 from hspsam_monai.networks.share_prior import SharePrior
+from hspsam_monai.networks.stored import level_names
+from hspsam_monai.networks.supports import checked, objects_of
 from hspsam_monai.transforms import fit_image
+
+logger = logging.getLogger(__name__)
 
 #: A target whose :meth:`ProxyPrompt.similarity` is below this is at least twice as far from the supports as they
 #: are from each other: warn.
 FAR = 0.5
 
 #: Names of the buffers that are the context.
-CONTEXT = ("context_keys", "context_values", "context_reference", "context_print")
+CONTEXT = ("context_keys", "context_values", "context_rules", "context_reference", "context_print")
+
+#: Weight of the generator's logits beside the readout's. Of 1, 1/2, 1/4, 1/8 and 0, the last two to four were within
+#: 0.02 of each other on eleven tasks with 1, 4 and 16 supports, four of them unseen by the generator.
+GENERATOR_SHARE = 0.25
 
 _CALIBRATORS = 16  # supports that stand in as targets when the reference distance is measured
-_ROUNDING = 1e-4  # resampling white leaves 1 + 2^-23
 _COPY = 1e-3  # below this a support is another once more, and says nothing of how far apart they are
 #: Reference of one support alone, which cannot tell how far apart a task's images are: what lies between two images of
 #: one task, median 0.10 to 0.18 on Kvasir, ISIC and BUSI; to those of the other two it is 0.22 to 0.28.
@@ -77,6 +87,8 @@ class ProxyPrompt(nn.Module):
             place, as the paper's figure may be read.
         prior: SAM's mask corrects what the supports' masks say of each cell (:class:`SharePrior`); ``False`` for
             SAM's mask alone, as in the paper.
+        readout: to that is added what a linear rule of the supports says (:mod:`linear_readout`); ``False`` as in the
+            paper.
         dropout: probability of dropping channels of the context, in train mode only.
 
     Raises:
@@ -96,6 +108,7 @@ class ProxyPrompt(nn.Module):
         ffn_width: int = 256,
         dense: bool = True,
         prior: bool = True,
+        readout: bool = True,
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
@@ -115,7 +128,9 @@ class ProxyPrompt(nn.Module):
         self.ccm = ContextualColorizationModule(WIDTH, heads, ffn_width)
         self.dense = DensePrompt(WIDTH) if dense else None
         self.prior = SharePrior() if prior else None
+        self.readout = readout
         self.encoder_name, self.image_size, self.num_classes, self.dropout = encoder, image_size, num_classes, dropout
+        self._rule = readout_width(self.encoder)
         self._checked: tuple | None = None
         # Empty, not absent: a moving average pairs its buffers with the network's by their order.
         for name, value in self.no_context().items():
@@ -124,7 +139,7 @@ class ProxyPrompt(nn.Module):
     @property
     def stored(self) -> tuple[str, ...]:
         """What :meth:`decode` reads, see :mod:`hspsam_monai.networks.stored`."""
-        return ("embedding",)
+        return (*level_names(self.encoder)[1:], "embedding") if self.readout else ("embedding",)
 
     def encode(self, image: Tensor) -> Encoded:
         """The encoder's part of the forward pass, on (B, 3, H, W) in [0, 1]; frozen."""
@@ -158,7 +173,9 @@ class ProxyPrompt(nn.Module):
         if support_images is None:
             context = self._stored()
         else:
-            context = self._read(support_images, support_masks, support_encoded)
+            fits = [ReadoutFit() for _ in support_images]
+            keys, values = self._read(support_images, support_masks, fits, support_encoded)
+            context = Context(keys, values, torch.stack([fit.solve() for fit in fits]) if self.readout else None)
         return self.decode(image if isinstance(image, Encoded) else self.encode(image), context)
 
     def decode(self, encoded: Encoded, context: Context) -> Tensor:
@@ -179,6 +196,9 @@ class ProxyPrompt(nn.Module):
         masks = self.sam.decode(features, tokens, None, prompt, self.num_classes - 1)[0][:, :, 0]
         if self.prior is not None:
             masks = self.prior(masks, share)
+        if context.rules is not None:
+            known = read_out(readout_levels(self.encoder, encoded.features), context.rules)
+            masks = resize(known, tuple(masks.shape[-2:])) + GENERATOR_SHARE * masks.float()
         masks = resize(masks.float(), size)
         return torch.cat([torch.zeros_like(masks[:, :1]), masks], dim=1)
 
@@ -186,28 +206,28 @@ class ProxyPrompt(nn.Module):
         """F (B, C, h, w), frozen."""
         return self.encoder.embedding_of(self.encode(image).features)
 
-    def _read(self, images: Tensor, masks: Tensor, encoded: Encoded | None = None) -> Context:
-        """Supports (B, K, 3, H, W) with masks (B, K, H, W) -> their context."""
+    def _read(
+        self, images: Tensor, masks: Tensor, fits: Sequence[ReadoutFit], encoded: Encoded | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Supports (B, K, 3, H, W) with masks (B, K, H, W) -> their keys and values; each of B fits takes its own."""
         if images.ndim != 5 or images.shape[2] != 3 or masks.shape != images[:, :, 0].shape or not images.shape[1]:
             raise ConfigError(
                 f"Support images have shape {tuple(images.shape)} and masks {tuple(masks.shape)}; expected "
                 "(B, K, 3, H, W) and (B, K, H, W) with K of at least 1. Repeat a grey image over three channels."
             )
-        batch, size = images.shape[0], (self.image_size, self.image_size)
+        batch = images.shape[0]
         images = fit_image(images.flatten(0, 1), self.image_size)
-        classes = torch.arange(1, self.num_classes, device=masks.device)
-        labels = masks.flatten(0, 1)[:, None]
-        labels = labels.round() if labels.is_floating_point() else labels
-        objects = (labels == classes[:, None, None]).to(images.dtype)
-        if tuple(objects.shape[-2:]) != size:
-            # An object too small for the samples keeps every cell it touches.
-            sampled, touched = F.interpolate(objects, size, mode="nearest-exact"), F.adaptive_max_pool2d(objects, size)
-            objects = torch.where(sampled.amax((-2, -1), keepdim=True) > 0, sampled, touched)
-        features = self._embed(images) if encoded is None else self.encoder.embedding_of(encoded.features)
+        objects = objects_of(masks.flatten(0, 1), self.num_classes, self.image_size).to(images.dtype)
+        encoded = self.encode(images) if encoded is None else encoded
+        features = self.encoder.embedding_of(encoded.features)
         values = self.csm.aggregate(images, objects, features).unflatten(0, (batch, -1))  # (B, K, N, C + 1, h, w)
         values = values.permute(0, 1, 4, 5, 2, 3).flatten(4).flatten(1, 3)
         keys = unit_cells(features).unflatten(0, (batch, -1)).flatten(1, 2)
-        return Context(keys, values.float())
+        if self.readout:
+            levels = readout_levels(self.encoder, encoded.features)
+            for index in range(len(images)):
+                fits[index * batch // len(images)].add([level[index, None] for level in levels], objects[index])
+        return keys, values.float()
 
     # -- the stored context
 
@@ -232,14 +252,17 @@ class ProxyPrompt(nn.Module):
                 object.
             DataError: values out of range, a mask without any object, a class that no support shows.
 
-        Cost: K times encoder and support encoder, one after another; then min(K, 16) K (h w)^2 C for the reference.
+        Cost: K times encoder and support encoder, one after another; then min(K, 16) K (h w)^2 C for the reference,
+        and for the rules about 2 K products and up to 17 N Cholesky factors of all levels' channels.
         """
         least = 2 * (self.num_classes - 1)  # of each object one, and as many of the background
         if max_cells is not None and max_cells < least:
             raise ConfigError(f"max_cells is {max_cells}; expected {least} or more, or None for all.")
         supports = self.check_supports(images, masks)
-        parts = [self._read(image[None, None], mask[None, None]) for image, mask in supports]
-        keys, values = (torch.cat([getattr(part, name)[0] for part in parts]) for name in Context._fields)
+        fit = ReadoutFit()
+        parts = [self._read(image[None, None], mask[None, None], [fit]) for image, mask in supports]
+        keys, values = (torch.cat([each[0] for each in part]) for part in zip(*parts, strict=True))
+        rules = fit.solve() if self.readout else self.no_context()["context_rules"]
         cells = len(keys) // len(supports)
         shares = values.unflatten(1, (-1, WIDTH + 1))[..., -1]
         keep = choose_cells(keys, shares, len(keys) if max_cells is None else max_cells)
@@ -254,7 +277,7 @@ class ProxyPrompt(nn.Module):
         reference = torch.stack(distances).median()[None].clamp_min(_LEAST_DISTANCE)
         with torch.inference_mode(False):  # copies that a later pass with gradients may save
             self.context_keys, self.context_values = keys[keep].clone(), values[keep].clone()
-            self.context_reference = reference.clone()
+            self.context_rules, self.context_reference = rules.to(keys.device, copy=True), reference.clone()
             self.context_print = self.fingerprint().to(keys.device).clone()
         self._checked = self._versions()
 
@@ -309,9 +332,13 @@ class ProxyPrompt(nn.Module):
                 context is then as it was.
         """
         state = read_state(path)
-        missing = [name for name in CONTEXT if name not in state or not state[name].numel()]
+        needed = [name for name in CONTEXT if self.readout or name != "context_rules"]
+        missing = [name for name in needed if name not in state or not state[name].numel()]
         if missing:
-            raise WeightsError(f"{path} lacks {', '.join(missing)}; expected a file that save_context wrote.")
+            older = " with the linear readout. Make the context again with this network" * (
+                missing == ["context_rules"]
+            )
+            raise WeightsError(f"{path} lacks {', '.join(missing)}; expected a file that save_context wrote{older}.")
         before = {name: getattr(self, name) for name in CONTEXT}
         try:
             self.fit_state(state)
@@ -326,7 +353,9 @@ class ProxyPrompt(nn.Module):
     def fit_state(self, state: dict[str, Tensor], prefix: str = "") -> None:
         """Make room for the context that ``state`` holds, or forget the own where it holds none.
 
-        Its size depends on the supports; called before a state is matched with the network.
+        Its size depends on the supports; called before a state is matched with the network. What ``state`` lacks of a
+        context is added to it, empty: the networks of older files had no rules. A whole context that lacks rules is
+        emptied, too, with a warning, since the weights beside it are of use.
         """
         device = self.csm.patch.weight.device
         values = state.get(prefix + "context_values")
@@ -336,8 +365,20 @@ class ProxyPrompt(nn.Module):
                 f"The context holds {values.shape[-1]} numbers for each support cell; expected {width} for each object "
                 f"of the network ({objects}): {objects * width}. Make the context again with this network."
             )
+        rules = state.get(prefix + "context_rules")
+        if values is not None and len(values) and self.readout and (rules is None or not rules.numel()):
+            logger.warning(
+                "The context in the file is left out: it was made before ProxyPrompt had its linear readout, or "
+                "without (readout=False). Make it again with this network (hspsam context, set_context)."
+            )
+            state.update({prefix + name: empty for name, empty in self.no_context().items()})
+        elif self.readout and rules is not None and rules.numel() and tuple(rules.shape) != (objects, self._rule):
+            raise WeightsError(
+                f"The context holds rules of shape {tuple(rules.shape)}; expected {(objects, self._rule)}. Make the "
+                "context again with this network."
+            )
         for name, empty in self.no_context().items():
-            shape = state.get(prefix + name, empty).shape
+            shape = state.setdefault(prefix + name, empty).shape
             setattr(self, name, torch.zeros(shape, dtype=empty.dtype, device=device))
         self._checked = None
 
@@ -356,7 +397,7 @@ class ProxyPrompt(nn.Module):
 
     def no_context(self) -> dict[str, Tensor]:
         """Every buffer of the context with no support in it, as in a state dict."""
-        cells = (torch.zeros(0, WIDTH), torch.zeros(0, (self.num_classes - 1) * (WIDTH + 1)))
+        cells = (torch.zeros(0, WIDTH), torch.zeros(0, (self.num_classes - 1) * (WIDTH + 1)), torch.zeros(0, 0))
         return dict(zip(CONTEXT, (*cells, torch.zeros(0), torch.zeros(0, dtype=torch.uint8)), strict=True))
 
     def _stored(self) -> Context:
@@ -368,7 +409,8 @@ class ProxyPrompt(nn.Module):
         if not torch.compiler.is_compiling() and self._checked != self._versions():
             self._check_print(ConfigError, "The stored context")
             self._checked = self._versions()
-        return Context(self.context_keys.float()[None], self.context_values.float()[None])
+        rules = self.context_rules.float()[None] if self.readout else None
+        return Context(self.context_keys.float()[None], self.context_values.float()[None], rules)
 
     def _fits(self) -> bool:
         return torch.equal(self.context_print.cpu(), self.fingerprint())
@@ -410,45 +452,8 @@ class ProxyPrompt(nn.Module):
     def check_supports(
         self, images: Tensor | Sequence[Tensor], masks: Tensor | Sequence[Tensor]
     ) -> list[tuple[Tensor, Tensor]]:
-        """Look through supports as :meth:`set_context` does, which lists what it raises.
-
-        Returns:
-            Pairs (3, H, W), (H, W) on the network's device; every fault is named with its support's number.
-        """
-        if not len(images) or len(images) != len(masks):
-            raise ConfigError(f"{len(images)} support images and {len(masks)} masks given; expected K >= 1 of each.")
-        weight = self.csm.patch.weight
-        pairs, seen = [], set()
-        for number, (given, labels) in enumerate(zip(images, masks, strict=True), start=1):
-            image, mask = given.to(weight.device, weight.dtype), labels.to(weight.device)
-            mask = mask[0] if mask.ndim == 3 and len(mask) == 1 else mask
-            if image.ndim != 3 or len(image) != 3 or mask.shape != image.shape[1:]:
-                raise ConfigError(
-                    f"Support {number} has an image of shape {tuple(image.shape)} and a mask of {tuple(mask.shape)}; "
-                    "expected (3, H, W) and (H, W). Repeat a grey image over three channels."
-                )
-            if not (image.min() >= -_ROUNDING and image.max() <= 1 + _ROUNDING):  # also catches NaN
-                raise DataError(
-                    f"Support image {number} has values in [{image.min():g}, {image.max():g}]; expected [0, 1]. "
-                    "Divide 8-bit values by 255."
-                )
-            found = set(mask.unique().tolist())
-            unknown = sorted(found - set(range(self.num_classes)))
-            if unknown:
-                raise DataError(
-                    f"Support mask {number} has the values {unknown[:8]}; expected classes 0..{self.num_classes - 1}."
-                )
-            if not found - {0}:
-                raise DataError(
-                    f"Support mask {number} shows no object; expected at least one pixel of a class. Leave this "
-                    "support out, or correct its mask."
-                )
-            seen |= found
-            pairs.append((image.clamp(0, 1), mask))
-        absent = sorted(set(range(1, self.num_classes)) - seen)
-        if absent:
-            raise DataError(f"No support shows class {absent[0]}; expected every class in at least one support.")
-        return pairs
+        """Look through supports as :meth:`set_context` does, see :func:`~hspsam_monai.networks.supports.checked`."""
+        return checked(images, masks, self.num_classes, self.csm.patch.weight)
 
     @torch.no_grad()
     def load_sam(self, state: dict[str, Tensor]) -> list[str]:

@@ -151,7 +151,7 @@ class StoredEpisodeDataset(EpisodeDataset):
         supports: fewest and most supports K, see :class:`EpisodeDataset`.
         length: items an epoch.
 
-    Items: those of :class:`EpisodeDataset`, with features (C, h, w) and (K, C, h, w) by name in ``image`` and
+    Items: those of :class:`EpisodeDataset`, with features (h, w, C) and (K, h, w, C) by name in ``image`` and
     ``support_features``, and ``size``, the images' (H, W).
 
     Raises:

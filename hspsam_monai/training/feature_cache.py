@@ -54,7 +54,8 @@ class FeatureDataset(Dataset):
         keys: which values of an item are images (..., 3, H, W) to be encoded.
         keep: those of them whose pixels are needed as well; kept as ``<key>_pixels``.
 
-    Items: for each key a dictionary of features (C, h, w); ``size``, the images' (H, W); everything else as it was,
+    Items: for each key a dictionary of features (h, w, C), as TinyViT leaves them and the decoders compute on them, so
+    that no step has to turn them; ``size``, the images' (H, W); everything else as it was,
     except values that are no tensors, texts or numbers.
 
     Raises:
@@ -249,7 +250,8 @@ class FeatureDataset(Dataset):
             # cuDNN would round the inputs of convolutions to TF32.
             with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
                 features = pack(network.encode(image).features, network.stored)
-            found[key] = {name: t[0] if item[key].ndim == 3 else t for name, t in features.items()}
+            one = item[key].ndim == 3
+            found[key] = {name: (t[0] if one else t).movedim(-3, -1) for name, t in features.items()}
             if key in self.keep:
                 found[f"{key}_pixels"] = item[key]
         found["size"] = torch.tensor(item[self.keys[0]].shape[-2:])
@@ -321,10 +323,9 @@ def stored_batch(
         What :func:`~hspsam_monai.networks.stored.encoded_of` takes (``ImageInferer`` calls it), and the label.
     """
     label = batch["label"].to(device, non_blocking=non_blocking, **options)
-    # Channels last, as TinyViT leaves them, so that the decoder computes alike; widened only where they are used.
+    # Channels last in memory; widened only where they are used.
     moved = {name: t.to(device, non_blocking=non_blocking, **options) for name, t in batch["image"].items()}
-    layout = torch.channels_last
-    features = {n: t.to(torch.float32, memory_format=layout) if t.ndim == 4 else t.float() for n, t in moved.items()}
+    features = {name: t.float().movedim(-1, -3) for name, t in moved.items()}
     original = torch.tensor(label.shape[-2:]).expand(len(label), 2)
     return {
         **features,

@@ -18,7 +18,7 @@ from hspsam_monai.files import atomic_write
 from hspsam_monai.transforms.resize import plain
 
 #: Changes with the layout of the files, so that files of another layout are not taken.
-LAYOUT = 1
+LAYOUT = 2
 SUFFIX = ".safetensors"
 
 

@@ -204,7 +204,8 @@ def test_the_other_networks_studies_end_with_a_table(name, phantoms, tmp_path, c
         words += ["--steps", "0", "1", "--prompts", "--distillation", "--set", "batch_size=4"]
     script.main(words)
     text = results.read_text()
-    rows = {"few_shot": ("proxy", "decoder", "hsp"), "sam_sp_ablation": ("s0", "s1-box"), "systems": ("hsp", "sam-sp")}
+    rows = {"sam_sp_ablation": ("s0", "s1-box"), "systems": ("hsp", "sam-sp")}
+    rows["few_shot"] = ("context", "proxy", "decoder", "hsp")
     rows["stored_features"] = rows["epochs"] = ("LoRA", "stored features")
     expected = rows[name]
     assert all(f"| {one} |" in text for one in expected) and str(tmp_path) not in text

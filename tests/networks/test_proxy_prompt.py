@@ -7,11 +7,13 @@ import math
 import pytest
 import torch
 from monai.bundle import ConfigParser
+from torch.nn import functional as F
 
 from hspsam_monai.encoders.state_files import write_state
 from hspsam_monai.errors import ConfigError, DataError, WeightsError
 from hspsam_monai.networks import SAMSP, ProxyPrompt, load_checkpoint, load_pretrained
 from hspsam_monai.networks.contextual_selection import unit_cells
+from hspsam_monai.networks.linear_readout import ReadoutFit, read_out, readout_levels
 from hspsam_monai.networks.proxy_prompt import CONTEXT, FAR
 from hspsam_monai.training import DiceCE
 
@@ -50,10 +52,10 @@ def test_a_stored_context_equals_supports_passed_each_time(count, classes):
     network.set_context(images, masks)
     stored = network(x)
     assert isinstance(stored, torch.Tensor) and stored.shape == (2, classes, 64, 96) and stored.dtype == torch.float32
-    assert not stored[:, 0].any() and torch.allclose(stored, passed, atol=1e-5, rtol=1e-5)
+    assert not stored[:, 0].any() and torch.allclose(stored, passed, atol=1e-4, rtol=1e-5)
     other = build(num_classes=classes).eval()
     other.set_context(images.flip(0), masks.flip(0))
-    assert torch.allclose(other(x), stored, atol=1e-5, rtol=1e-5)
+    assert torch.allclose(other(x), stored, atol=1e-4, rtol=1e-5)
 
 
 @torch.no_grad()
@@ -82,7 +84,7 @@ def test_only_the_generator_learns():
 
 @torch.no_grad()
 def test_the_prior_is_the_supports_mask_in_the_cells_most_alike():
-    network = build(top_k=1).eval()
+    network = build(top_k=1, readout=False).eval()
     images, _ = supports(2)
     masks = torch.zeros(2, 64, 64, dtype=torch.long)
     masks[0, 16:48, 32:] = 1  # whole cells of 16 pixels
@@ -103,12 +105,27 @@ def test_dense_prompt_and_prior_can_be_left_out():
     parts = {}
     for dense in (False, True):
         for prior in (False, True):
-            network = build(dense=dense, prior=prior).eval()
+            network = build(dense=dense, prior=prior, readout=False).eval()
             network.set_context(images, masks)
             names = {name.partition(".")[0] for name, _ in network.named_parameters()}
             assert ("dense" in names, "prior" in names) == (dense, prior)
             parts[dense, prior] = network(x)
     assert not any(torch.allclose(parts[False, False], other) for key, other in parts.items() if any(key))
+
+
+@torch.no_grad()
+def test_the_readout_is_added_to_a_part_of_what_the_generator_says():
+    images, masks = supports(3)
+    x = torch.rand(1, 3, 64, 64)
+    plain, network = build(readout=False).eval(), build().eval()
+    for each in (plain, network):
+        each.set_context(images, masks)
+    fit = ReadoutFit()
+    for image, mask in zip(images, masks, strict=True):
+        fit.add(readout_levels(network.encoder, network.encode(image[None]).features), mask[None])
+    said = read_out(readout_levels(network.encoder, network.encode(x).features), fit.solve()[None])
+    said = F.interpolate(F.interpolate(said, (16, 16), mode="bilinear"), (64, 64), mode="bilinear")
+    assert torch.allclose(network(x)[:, 1:], said + 0.25 * plain(x)[:, 1:], atol=1e-4)
 
 
 @torch.no_grad()
@@ -242,6 +259,33 @@ def test_a_context_alone_is_switched_and_refused_by_other_weights(tmp_path):
     write_state(tmp_path / "no.pt", {"a": torch.zeros(1)})
     with pytest.raises(WeightsError, match="lacks context_keys"):
         network.load_context(tmp_path / "no.pt")
+
+
+@torch.no_grad()
+def test_files_from_before_the_readout(tmp_path, caplog):
+    network = build().eval()
+    without = {name: value for name, value in network.state_dict().items() if name != "context_rules"}
+    load_checkpoint(build(), write_state(tmp_path / "weights.pt", {"model": without}))
+    plain = build(readout=False).eval()
+    plain.set_context(*supports(2))
+    path = plain.save_context(tmp_path / "context.pt")
+    with pytest.raises(WeightsError, match=r"lacks context_rules; .* with the linear readout. Make the context again"):
+        network.load_context(path)
+    state = {name: value for name, value in plain.state_dict().items() if name != "context_rules"}
+    older = build()
+    load_checkpoint(older, write_state(tmp_path / "model.pt", {"model": state}))
+    assert "made before ProxyPrompt had its linear readout" in caplog.text and not len(older.context_keys)
+    other = {**network.state_dict(), **plain.state_dict(), "context_rules": torch.zeros(3, 865)}
+    with pytest.raises(WeightsError, match=r"rules of shape \(3, 865\); expected \(1, 865\). Make"):
+        build().load_state_dict(other)
+    # A network without readout takes either, and says the same.
+    x = torch.rand(1, 3, 64, 64)
+    expected = plain(x)
+    network.set_context(*supports(2))
+    for source in (path, network.save_context(tmp_path / "rules.pt")):
+        other = build(readout=False).eval()
+        other.load_context(source)
+        assert torch.equal(other(x), expected)
 
 
 def test_checkpoints_of_every_network_are_told_from_sams_files(tmp_path):

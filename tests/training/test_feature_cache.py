@@ -71,7 +71,8 @@ def test_an_item_is_its_views_image_encoded(network, cases, tmp_path):
             item, expected = stored[index], plain[index]
             with torch.no_grad():
                 levels = network.eval().encode(torch.as_tensor(expected["image"])[None]).features.levels
-            assert all(torch.equal(item["image"][f"level_{i}"], level[0]) for i, level in enumerate(levels))
+            shown = [item["image"][f"level_{i}"].movedim(-1, 0) for i in range(len(levels))]
+            assert all(torch.equal(own, level[0]) for own, level in zip(shown, levels, strict=True))
             assert torch.equal(item["label"], torch.as_tensor(expected["label"]))
             assert item["label"].dtype == torch.float32 and item["case"] == f"c{index}"
             assert item["size"].tolist() == [32, 32]
@@ -307,6 +308,8 @@ def test_the_batch_says_at_which_size_to_answer(network, cases, tmp_path):
     encoded = encoded_of(inputs)
     assert encoded.size == (32, 32) and encoded.original == (50, 40) and label.shape == (1, 1, 50, 40)
     assert {level.dtype for level in encoded.features.levels} == {torch.float32}
+    for level in encoded.features.levels:  # no step of training has to turn them
+        assert level.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_corrections_are_trained_on_stored_features(tmp_path, cases):
