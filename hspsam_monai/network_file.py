@@ -3,4 +3,4 @@
 #: Its name, beside a run's ``model.pt``: an overlay for inference.json and evaluate.json.
 OVERLAY = "network.json"
 #: Its entries, of those of the training's configuration.
-NETWORK_KEYS = ("labels", "num_classes", "image_size", "min_confidence", "scales", "network_def")
+NETWORK_KEYS = ("labels", "num_classes", "image_size", "flips", "min_confidence", "scales", "network_def")

@@ -179,7 +179,11 @@ def segment(
     ] = None,
     flips: Annotated[
         bool | None,
-        typer.Option(help="Average four mirror images (on unless turned off): better, 4 to 5 times slower."),
+        typer.Option(
+            help="Average four mirror images: better, 4 to 5 times slower. On for all but Proxy Prompt, whose examples "
+            "may show the left one of two.",
+            show_default=False,
+        ),
     ] = None,
     device: Device = None,
 ) -> None:

@@ -13,8 +13,8 @@ from hspsam_monai.cli.options import config_path, texts_in
 from hspsam_monai.errors import ConfigError, WeightsError
 from hspsam_monai.network_file import NETWORK_KEYS, OVERLAY
 
-#: What runs did before these entries existed: nothing was dropped, all mirror images had the network's size.
-_BEFORE = {"min_confidence": 0.0, "scales": [1]}
+#: What runs did before these entries existed: four mirror images of the network's size, nothing was dropped.
+_BEFORE = {"flips": True, "min_confidence": 0.0, "scales": [1]}
 #: Shipped models: name -> file in the bundle's models, and the overlay of inference.json that describes its network.
 #: MONAI Label takes every *.pt of the folder for a model of inference.json, so there may only be one.
 SHIPPED: dict[str, tuple[str, str | None]] = {

@@ -263,6 +263,11 @@ def test_evaluation_looks_as_inference_does(bundle, tmp_path):
     keys = ("image_size", "flips", "scales", "precision")
     assert {key: found["train"][key] for key in keys} == {key: found["infer"][key] for key in keys}
     assert found["train"]["flips"] is True and len(set(found["train"]["scales"])) > 1
+    for names in (("inference", "network/proxy_prompt", "support"), ("train", "network/proxy_prompt", "evaluate")):
+        parser = ConfigParser()
+        parser.read_config(configs(bundle, *names))
+        # In a mirror image examples of a left organ show the right one.
+        assert parser.get_parsed_content("flips") is False
 
 
 def test_doubtful_components_are_dropped_by_evaluate_and_inference(bundle, phantoms, trained, tmp_path):

@@ -192,6 +192,8 @@ class TestModels:
         assert find_model(None) == find_model("shipped") == find_model("hsp_sam")
         assert find_model("sam_sp").labels == find_model(None).labels
         assert (find_model("sam_sp").network["scales"], len(find_model(None).network["scales"])) == ([1], 4)
+        # In a mirror image examples of a left organ show the right one.
+        assert [find_model(n).network["flips"] for n in ("hsp_sam", "sam_sp", "proxy_prompt")] == [True, True, False]
         for name in ("sam_sp", "hsp_sam", "proxy_prompt"):
             shutil.copytree(run, tmp_path / name)
         monkeypatch.chdir(tmp_path)
@@ -218,12 +220,12 @@ class TestModels:
 
     def test_runs_of_before_an_entry_existed_keep_their_masks(self, run: Path, tmp_path: Path):
         config = json.loads((run / "network.json").read_text())
-        for entry in ("min_confidence", "scales"):
+        for entry in ("flips", "min_confidence", "scales"):
             assert find_model(run).network[entry] == config.pop(entry)
         (tmp_path / "network.json").write_text(json.dumps(config))
         (tmp_path / "model.pt").write_bytes(b"")
         before, shipped = find_model(tmp_path).network, find_model(None).network
-        assert (before["min_confidence"], before["scales"]) == (0, [1])
+        assert (before["flips"], before["min_confidence"], before["scales"]) == (True, 0, [1])
         assert (shipped["min_confidence"], len(shipped["scales"])) == (0.65, 4)
 
 
