@@ -2,8 +2,8 @@
 
 Ours, not the paper's (arXiv 2502.03501). The selective map asks which support cells a target cell resembles as a whole,
 and most of what makes cells alike has nothing to do with the object. A ridge regression of the supports' masks on their
-features finds the directions that tell object from background. It is solved once for each context (a product and a
-Cholesky factor, no iterations), costs a target one dot product a cell, and gains from every further support.
+features finds the directions that tell object from background. It is solved once for each context (products and linear
+equations, no iterations), costs a target one dot product a cell, and gains from every further support.
 
     x = unit cells of every level but the first, and of the embedding, side by side at the finest grid
     w = argmin sum_cells c (w x + b - share)^2 + lambda sum_d var_d w_d^2,     lambda = 1 / K
@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hspsam_monai.encoders import Encoder, Features
+from hspsam_monai.encoders.constants import is_fake
 from hspsam_monai.networks.sam_decoder import WIDTH
 
 #: Logits a unit of share.
@@ -41,6 +42,8 @@ _PRIOR = 4
 _CALIBRATORS = 16  # supports that are left out in turn
 _LOOK = 8  # cells a side by which images are told from their copies
 _COPY = 1e-3  # relative distance below which two images are one; a copy's own is rounding, some 1e-6
+_ROUNDING = 1e-3  # cells of an object; what is left of it after subtracting all that show it
+_CONSTANT = 1e-6  # penalty of the constant, whose own weight is 1: next to free, and above rounding
 _LEAST_VARIANCE = 1e-5  # of a feature; nearly all of MobileSAM's unit cells have 4e-4 to 2e-2
 
 
@@ -71,11 +74,7 @@ class _Sums(NamedTuple):
     def of(cls, support: _Support) -> _Sums:
         """Of one support."""
         cells, shares = support.cells, support.shares
-        shown = []
-        for share in shares:
-            there = share > 0
-            own = cells[there]
-            shown.append((own * share[there, None]).T @ own)
+        shown = [(cells * share[:, None]).T @ cells for share in shares]
         sums = (cells.T @ cells, torch.stack(shown), shares.square() @ cells, (shares * (1 - shares)) @ cells)
         parts = (*sums, shares.new_tensor(len(cells)), shares.sum(1))
         # Apple's GPUs have no float64.
@@ -96,17 +95,7 @@ class _Sums(NamedTuple):
         q = (1 - _OBJECT) / (self.count - self.share[index]).clamp_min(1)
         products = q * self.all + (p - q) * self.shown[index] + torch.diag(penalty)
         wanted = p * self.object[index] + q * self.rest[index]
-        return torch.cholesky_solve(wanted[:, None], _factor(products))[:, 0]
-
-
-def _factor(products: Tensor) -> Tensor:
-    """Cholesky factor of a matrix that is positive but for rounding; as much is added as it takes."""
-    for ridge in (0.0, 1e-6, 1e-3, 1.0):
-        more = ridge * products.diagonal().mean() * torch.ones_like(products.diagonal())
-        factor, fault = torch.linalg.cholesky_ex(products + torch.diag(more))
-        if not fault:
-            break
-    return factor
+        return torch.linalg.solve(products, wanted)  # not by Cholesky, which stops where rounding has the last word
 
 
 class ReadoutFit:
@@ -144,7 +133,8 @@ class ReadoutFit:
         self._total = sums if self._total is None else self._total.plus(sums)
         if len(self._kept) < _CALIBRATORS:
             self._kept.append(support)
-        alike = (i for i, other in enumerate(self._looks) if (look - other).norm() <= _COPY * other.norm())
+        known = [] if is_fake(look) else self._looks
+        alike = (i for i, other in enumerate(known) if (look - other).norm() <= _COPY * other.norm())
         self._images.append(next(alike, len(self._looks)))
         self._looks.append(look)
 
@@ -156,7 +146,7 @@ class ReadoutFit:
             mean = total.all[-1] / total.count
             variance = (total.all.diagonal() / total.count - mean.square()).clamp_min(_LEAST_VARIANCE)
             penalty = variance / len(set(self._images))
-            penalty[-1] = 0  # the constant is free
+            penalty[-1] = _CONSTANT
             rules = [total.solve(index, penalty) for index in range(len(total.share))]
             rules = torch.stack(rules).float().to(origin.device)
             rules[:, -1] -= 0.5 + self._thresholds(penalty) + rules[:, :-1] @ origin
@@ -169,7 +159,8 @@ class ReadoutFit:
         """
         count = len(self._total.share)
         levels = self._origin.new_tensor(_THRESHOLDS)
-        found: list[list[Tensor]] = [[] for _ in range(count)]
+        dice = levels.new_zeros(count, len(levels))  # sums over supports that are left out
+        supports = levels.new_zeros(count)  # how many of them show the object, as others do
         for image in sorted(set(self._images)):
             members = [i for i, shown in enumerate(self._images) if shown == image]
             if members[-1] >= len(self._kept):
@@ -179,20 +170,16 @@ class ReadoutFit:
                 others = others.minus(_Sums.of(self._kept[member]))
             support = self._kept[image]
             for index in range(count):
-                if not support.shares[index].any() or others.share[index] <= 1e-3:
-                    continue
+                says = (support.shares[index].any() & (others.share[index] > _ROUNDING).to(levels.device)).float()
                 rule = others.solve(index, penalty).float().to(support.cells.device)
                 said = (support.cells @ rule - 0.5).unflatten(0, support.grid)
                 truth = support.masks[index].float()
                 said = _to_grid(said[None, None], tuple(truth.shape)).flatten()
                 masks, truth = (said > levels[:, None]).float(), truth.flatten()
-                found[index].append(2 * (masks @ truth) / (masks.sum(1) + truth.sum()))
-        thresholds = []
-        for dice in found:
-            prior = levels.new_tensor(_ALONE / max(len(dice), 1) ** 0.5)
-            best = levels[torch.stack(dice).mean(0).argmax()] if dice else prior
-            thresholds.append((len(dice) * best + _PRIOR * prior) / (len(dice) + _PRIOR))
-        return torch.stack(thresholds)
+                dice[index] += says * 2 * (masks @ truth) / (masks.sum(1) + truth.sum()).clamp_min(1)
+                supports[index] += says
+        prior = _ALONE / supports.clamp_min(1).sqrt()
+        return (supports * levels[dice.argmax(1)] + _PRIOR * prior) / (supports + _PRIOR)
 
 
 def readout_levels(encoder: Encoder, features: Features) -> list[Tensor]:

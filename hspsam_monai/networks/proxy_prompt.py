@@ -253,7 +253,7 @@ class ProxyPrompt(nn.Module):
             DataError: values out of range, a mask without any object, a class that no support shows.
 
         Cost: K times encoder and support encoder, one after another; then min(K, 16) K (h w)^2 C for the reference,
-        and for the rules about 2 K products and up to 17 N Cholesky factors of all levels' channels.
+        and for the rules about 2 K products and up to 17 N equations, both of all levels' channels.
         """
         least = 2 * (self.num_classes - 1)  # of each object one, and as many of the background
         if max_cells is not None and max_cells < least:

@@ -75,7 +75,7 @@ class TestUse:
     def test_flips_are_as_configured_unless_asked_for(
         self, phantoms: Path, run: Path, tmp_path: Path, handed: list[dict]
     ):
-        for words, flips in (([], None), (["--flips"], True), (["--no-flips"], False)):
+        for words, flips in (([], True), (["--flips"], True), (["--no-flips"], False)):
             hspsam("segment", phantoms / "images", tmp_path / "masks", "--model", run, *words)
             assert handed[-1].get("flips") is flips and handed[-1]["kind"] == "infer"
 

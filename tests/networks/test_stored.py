@@ -55,7 +55,8 @@ def test_proxy_prompt_takes_stored_targets_and_supports():
     image, supports = torch.rand(2, 3, 64, 64), torch.rand(2, 3, 3, 64, 64)
     masks = (torch.rand(2, 3, 64, 64) > 0.5).long()
     require_storable(network, image)
-    assert network.stored == ("embedding",)
+    assert network.stored == ("level_1", "level_2", "level_3", "embedding")
+    assert ProxyPrompt("mobile_sam", image_size=64, readout=False, **small).stored == ("embedding",)
     expected = network(image, supports, masks)
     target, examples = (
         Encoded(unpack(pack(network.encode(x).features, network.stored)), (64, 64))
