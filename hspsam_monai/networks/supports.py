@@ -25,7 +25,7 @@ def checked(
         like: whose device and number type the images get.
 
     Returns:
-        Pairs (3, H, W), (H, W).
+        Pairs of an image (3, H, W) in [0, 1] and its mask (H, W) of class indices.
 
     Raises:
         ConfigError: no support, numbers or shapes that disagree, a grey image.
